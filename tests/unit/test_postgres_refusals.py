@@ -129,7 +129,12 @@ CASES: dict[str, tuple[str, str, str, bool]] = {
     "bad option": ("tester@{server}/records?options=-cno%3D1", '"no"', "correct the options in the URI", False),
     "no rights": ("norights@{server}/records", "permission denied for table", "grant the run-time role", False),
     "no server": ("tester@127.0.0.1:1/records", "Connection refused", "start the server, or correct host", True),
-    "no name": ("tester@no.invalid/records", "resolve host|translate host", "or its entry in DNS", True),
+    "no name": (
+        "tester@no.invalid/records",
+        "resolve host|translate host|Name or service",
+        "or its entry in DNS",
+        True,
+    ),
     "no socket": ("tester@/records?host=/nowhere", "No such file", "the folder of its socket", True),
     "two servers": (
         "tester@127.0.0.1:1,{server}/nodb",

@@ -14,6 +14,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core import data
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import StoreError, StoreUnavailable
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.postgres import engine, refusals
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records
 
 from support.daemon import free_port
@@ -135,3 +136,40 @@ def test_a_database_that_cannot_store_every_text_is_refused_before_tables_are_ma
         "--encoding=UTF8 --locale=C --template=template0 NAME"
     )
     assert postgres.execute("SELECT to_regclass('meta')", "latin") == [(None,)]
+
+
+@pytest.mark.parametrize(
+    ("text", "failures"),
+    [
+        # As psycopg 3.1.7 of Debian 12 tells it.
+        (
+            "connection failed: Connection refused\n\tIs the server running on that host and accepting TCP/IP "
+            'connections?\nconnection to server at "db2", port 5432 failed: session is read-only',
+            ["Connection refused", 'connection to server at "db2", port 5432 failed: session is read-only'],
+        ),
+        (
+            'connection failed: FATAL:  password authentication failed for user "a"\nconnection to server at "db1", '
+            'port 5432 failed: FATAL:  password authentication failed for user "a"',
+            ['connection to server at "db1", port 5432 failed: FATAL:  password authentication failed for user "a"'],
+        ),
+    ],
+)
+def test_the_failures_of_several_hosts_are_told_apart_with_an_older_psycopg(text: str, failures: list[str]) -> None:
+    assert refusals.describe(Exception(text)) == failures
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("connection failed: connection timeout expired", True),
+        ("connection failed: Connection refused", True),
+        ("consuming input failed: terminating connection due to idle-in-transaction timeout", False),
+        ("consuming input failed: server closed the connection unexpectedly", False),
+    ],
+)
+def test_only_a_connection_that_was_never_made_is_not_tried_again(text: str, expected: bool) -> None:
+    """psycopg 3.1 gives the end of a paused transaction no SQLSTATE, so its text decides."""
+    require_postgresql()
+    import psycopg
+
+    assert engine._refused(psycopg.OperationalError(text)) is expected

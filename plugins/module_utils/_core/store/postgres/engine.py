@@ -81,6 +81,11 @@ _OPENING = (
     f"SELECT {_EPOCH}, (SELECT value FROM meta WHERE key = '{own_schema.VERSION_KEY}'), "
     "pg_is_in_recovery(), current_setting('server_version')"
 )
+# The process of the server that answers, and whether it has the settings of ``_SETTINGS``. A pooler may drop them.
+_SESSION = (
+    "pg_backend_pid(), current_setting('lock_timeout') <> '0' OR "
+    "current_setting('idle_in_transaction_session_timeout') <> '0'"
+)
 _BEGIN = f"BEGIN; SELECT pg_advisory_xact_lock({_LOCK_SPACE}, {_WRITER}); {_OPENING}"
 
 
@@ -191,6 +196,8 @@ class PostgresDatabase(GroupCommit):
             )
         self._parameters = self._read_uri(uri, password)
         self._dry_run = dry_run
+        # Whether a pooler drops the settings of a connection's start, so that each session sets them itself.
+        self._settings_dropped = False
         self._reader_lock = threading.RLock()
         self._reader: Any = None
         self._writer: Any = None
@@ -232,33 +239,68 @@ class PostgresDatabase(GroupCommit):
         for name, value in (("keepalives_idle", 4), ("keepalives_interval", 1), ("keepalives_count", 3)):
             parameters.setdefault(name, value)
         parameters.setdefault("tcp_user_timeout", 10000)
-        settings = {
-            "idle_in_transaction_session_timeout": f"{_IDLE_SECONDS}s",
-            "lock_timeout": f"{_LOCK_SECONDS}s",
-            "tcp_keepalives_idle": 4,
-            "tcp_keepalives_interval": 1,
-            "tcp_keepalives_count": 3,
-            # Keepalives pause while an answer is unacknowledged. Without this the server would hold the locks for
-            # minutes.
-            "tcp_user_timeout": 7000,
-            "default_transaction_isolation": "read\\ committed",
-        }
-        options = " ".join(f"-c {name}={value}" for name, value in settings.items())
+        settings = [(name, value.replace(" ", "\\ ")) for name, value in self._settings().items()]
+        options = " ".join(f"-c {name}={value}" for name, value in settings)
         parameters["options"] = f"{options} {parameters.get('options') or ''}".strip()
         return parameters
+
+    def _settings(self) -> dict[str, str]:
+        """Return the server's settings for each session of ours."""
+        return {
+            "idle_in_transaction_session_timeout": f"{_IDLE_SECONDS}s",
+            "lock_timeout": f"{_LOCK_SECONDS}s",
+            "tcp_keepalives_idle": "4",
+            "tcp_keepalives_interval": "1",
+            "tcp_keepalives_count": "3",
+            # Keepalives pause while an answer is unacknowledged. Without this the server would hold the locks for
+            # minutes.
+            "tcp_user_timeout": "7000",
+            "default_transaction_isolation": "read committed",
+        }
 
     def _connect(self) -> Any:
         connection = psycopg.connect(**self._parameters, autocommit=True)
         connection.row_factory = _make_rows
+        if self._settings_dropped:
+            connection.execute("; ".join(f"SET {name} = '{value}'" for name, value in self._settings().items()))
         return connection
+
+    def _examine_session(self, connection: Any, process: int, settings: bool) -> Any:
+        """Return the connection to use. Refuse a pooler that gives each transaction another session of the server.
+
+        The locks of jobs belong to a session. ``process`` and ``settings`` are what ``_SESSION`` returned.
+        """
+        if process != connection.info.backend_pid:
+            with contextlib.closing(self._connect()) as other:
+                for _attempt in range(3):
+                    # In transaction pooling the session of the first connection is free now, and serves the second.
+                    process = connection.execute("SELECT pg_backend_pid()").fetchone()[0]
+                    with other.transaction():
+                        if other.execute("SELECT pg_backend_pid()").fetchone()[0] == process:
+                            raise StoreError(
+                                f"database {self.path}: a pooler before the server gives each transaction another "
+                                "session (transaction pooling), which loses the locks of controllers. Let it pool by "
+                                "session (pgbouncer: pool_mode = session), or name the server itself in the URI. "
+                                "Nothing was written",
+                                path=self.path,
+                            )
+        if settings:
+            return connection
+        connection.close()
+        self._settings_dropped = True
+        return self._connect()
 
     def _open(self) -> None:
         with self._reader_lock, self._explain_errors():
             connection = self._connect()
             try:
-                row = connection.execute(_OPENING).fetchone()
-            except errors.UndefinedTable:
-                row = None
+                try:
+                    row = connection.execute(f"{_OPENING}, {_SESSION}").fetchone()
+                    session = row[-2:]
+                except errors.UndefinedTable:
+                    row = None
+                    session = connection.execute(f"SELECT {_SESSION}").fetchone()
+                connection = self._examine_session(connection, *session)
             except BaseException:
                 connection.close()
                 raise
@@ -752,7 +794,8 @@ def _refused(error: Exception) -> bool:
         isinstance(error, psycopg.OperationalError)
         and error.sqlstate is None
         and "connection" in str(error)
-        and ("refused" in str(error) or "timeout" in str(error) or "could not translate" in str(error))
+        # "idle-in-transaction timeout" is the end of a connection that was there.
+        and ("refused" in str(error) or "timeout expired" in str(error) or "could not translate" in str(error))
     )
 
 

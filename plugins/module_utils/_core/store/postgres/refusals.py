@@ -134,6 +134,8 @@ _BY_TEXT: tuple[tuple[str, NextStep], ...] = (
     ),
     ("resolve host", NextStep(_HOST, True)),
     ("translate host", NextStep(_HOST, True)),
+    # psycopg 3.1 on Debian 12.
+    ("Name or service not known", NextStep(_HOST, True)),
     (
         "No such file or directory",
         NextStep("start the server, or correct host (the folder of its socket) and port in the URI", True),
@@ -155,10 +157,12 @@ def describe(error: Exception) -> list[str]:
     if "attempts failed" in str(error):
         # psycopg 3.2 tells the last failure first, then all of them.
         lines = [line.partition(": connection failed: ")[2] for line in lines if line.startswith("- host:")]
-    elif not all(line.startswith("connection to server") for line in lines[1:]):
+    else:
         # The further lines of a single failure are libpq's own guesses.
-        lines = lines[:1]
+        lines = lines[:1] + [line for line in lines[1:] if line.startswith("connection to server")]
     lines = [line.removeprefix("connection failed: ").removeprefix("connection is bad: ") for line in lines if line]
+    # psycopg 3.1 leaves out the server of the first failure, and may tell that failure again with its server.
+    lines = [line for line in lines if not any(other != line and other.endswith(line) for other in lines)]
     return list(dict.fromkeys(lines)) or [type(error).__name__]
 
 
