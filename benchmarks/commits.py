@@ -46,7 +46,7 @@ def bulk(path: str, count: int) -> float:
     """Seconds for all of them, each a step of its own in one transaction."""
     records, items = _records(path, count)
     began = time.perf_counter()
-    with records.db.together():
+    with records.db.group_writes():
         for item in items:
             _transition(records, item)
     took = time.perf_counter() - began
@@ -83,7 +83,7 @@ def killed(path: str, count: int = 3000) -> tuple[int, int]:
 if __name__ == "__main__":
     _found, _items = _records(sys.argv[1], int(sys.argv[2]))
     for _begin in range(0, len(_items), CHUNK):
-        with _found.db.together():
+        with _found.db.group_writes():
             _written = [_transition(_found, _item) for _item in _items[_begin : _begin + CHUNK]]
         sys.stdout.write("".join(f"{_vmid}\n" for _vmid in _written))
         sys.stdout.flush()

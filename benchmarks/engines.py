@@ -42,7 +42,7 @@ COPIED = 100_000
 QUERIES: dict[str, Callable[[Context], object]] = {
     "list of 1,000 live": lambda ctx: ctx.records.find_all(),
     "plan of a prune": lambda ctx: prune.select(ctx, prune.Selection(older_than=86400)),
-    "next lease": lambda ctx: overview.next_lease_end(ctx.records),
+    "next lease": lambda ctx: overview.read_next_lease_end(ctx.records),
 }
 
 
@@ -79,7 +79,7 @@ def measure_transitions(contexts: dict[str, Context], runs: int) -> dict[str, fl
             items = [Ending(records.claim(sandbox.uuid, "stop"), "measured", {}) for sandbox in chosen]
 
             def write(records: Any = records, items: Any = items, after: str = after) -> None:
-                with records.db.together():
+                with records.db.group_writes():
                     moved = records.finish_all(items, "stop", after)
                 assert None not in moved
 

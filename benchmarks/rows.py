@@ -413,8 +413,8 @@ def history(bench: Bench, _wanted: set[str]) -> list[Row]:
         assert len(prune.select(ctx, prune.Selection())[0]) == 200
 
     def ticked() -> None:
-        overview.next_lease_end(ctx.records)
-        assert overview.over(ctx.records, now - 86400) == []
+        overview.read_next_lease_end(ctx.records)
+        assert overview.list_expired(ctx.records, now - 86400) == []
 
     def opened() -> None:
         one = context(bench.server, bench.database, dry_run=True)

@@ -79,7 +79,7 @@ def test_the_claim_of_a_dead_host_is_counted_when_reconcile_finishes_its_operati
     made = lab.create("a1")
     records = engines.move_to_host(lab.context().records, "elsewhere", "another boot")
     claim = records.claim(made.uuid, "destroy")
-    records.journal(claim, "destroy", "stopping", {"operation": "destroy", "force": True})
+    records.write_journal(claim, "destroy", "stopping", {"operation": "destroy", "force": True})
     lab.close_contexts()
     agentlabd = daemon(metrics_listen=f"127.0.0.1:{free_port()}")
     agentlabd.wait_for(lambda: lab.record(made).state == "DESTROYED", "reconcile finishes the destroy", 60)

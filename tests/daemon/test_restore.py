@@ -199,7 +199,7 @@ def test_an_older_copy_is_noticed_before_the_first_run_adds_events(lab: Lab, tmp
     found = lab.expire()
     assert found.suspended and "older copy" in found.suspended and not found.expired
     assert lab.record(1000).state == "RUNNING" and lab.pve.vm(1000).status == "running"
-    note = json.loads(lab.context().records.meta("cleanup_frozen") or "{}")
+    note = json.loads(lab.context().records.read_meta("cleanup_frozen") or "{}")
     assert note["leases"] and "older copy" in note["reason"]
 
 

@@ -421,13 +421,13 @@ def test_a_clock_that_jumped_as_modules_and_command_line_say_it(daemon: Make, la
     lab.timed_out("a1")
     boot = time.clock_gettime(time.CLOCK_BOOTTIME)
     note = {
-        "boot": json.loads(holders.identity())["boot"],
+        "boot": json.loads(holders.describe_process())["boot"],
         "offset": time.time() - boot - 600,
         "until": 0,
         "seen": boot,
         "wall": int(time.time()),
     }
-    lab.context().records.set_meta(f"clock:{holders.host()}", json.dumps(note))
+    lab.context().records.set_meta(f"clock:{holders.read_host_name()}", json.dumps(note))
     lab.close_contexts()
     one = daemon()
     one.wait_for(lambda: "expiry and cleanup rest until 20" in one.log(), "the log says it", 30)

@@ -50,7 +50,7 @@ def test_expiry_rests_while_a_renewal_is_refused(service: Any, lab: Lab) -> None
 
     ctx = lab.context()
     claim = ctx.records.claim(made.uuid, "destroy", wait=0)
-    ctx.records.journal(claim, "destroy", "waiting", {})
+    ctx.records.write_journal(claim, "destroy", "waiting", {})
     ctx.records.release(claim)
     ctx.database.write(
         lambda conn: conn.execute(

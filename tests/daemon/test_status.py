@@ -104,13 +104,13 @@ def test_a_clock_that_jumped_is_a_condition(daemon: Make, lab: Lab) -> None:
     lab.create("a1")
     boot = time.clock_gettime(time.CLOCK_BOOTTIME)
     note = {
-        "boot": json.loads(holders.identity())["boot"],
+        "boot": json.loads(holders.describe_process())["boot"],
         "offset": time.time() - boot,
         "until": boot + 300,
         "seen": boot,
         "wall": int(time.time()),
     }
-    lab.context().records.set_meta(f"clock:{holders.host()}", json.dumps(note))
+    lab.context().records.set_meta(f"clock:{holders.read_host_name()}", json.dumps(note))
     one = daemon()
     told = condition(one, "clock")
     assert (

@@ -512,7 +512,7 @@ def cut_off(lab: Lab, vmid: int, ago: int = 0) -> int:
     ctx = lab.context()
     claim = ctx.records.claim(lab.record(vmid).uuid, "destroy", wait=0)
     since = ctx.clock.now() - ago
-    ctx.records.journal(claim, "destroy", "deleting", {"since": since})
+    ctx.records.write_journal(claim, "destroy", "deleting", {"since": since})
     ctx.records.release(claim)
     return since
 
@@ -535,7 +535,7 @@ def test_what_comes_after_a_cut_off_destroy_neither_ends_nor_prolongs_its_doubt(
         lab.pve.fault("PUT", f"/qemu/{made.vmid}/config", "cut-before")
     assert lab.destroy(made.vmid, force=True)[0].failed
     lab.pve.acl = None
-    left = lab.context().records.under_way(made.uuid)
+    left = lab.context().records.find_journal_entry(made.uuid)
     assert left is not None and (left.kind, left.phase, left.detail["since"]) == ("destroy", "deleting", since)
     with pytest.raises(AgentlabError, match="was cut off"):
         lab.power("start" if lab.record(made).state == "STOPPED" else "stop", made.vmid)

@@ -112,7 +112,9 @@ def test_a_rule_gives_up_no_creation_whose_clone_may_still_come(lab: Lab) -> Non
     claim = ctx.records.claim(sandbox.uuid, "destroy", wait=0)
     assert claim.interrupted is not None and claim.interrupted.phase == "cloning"
     creation = {**claim.interrupted.detail, "phase": "cloning", "at": ctx.clock.now()}
-    ctx.records.journal(claim, "destroy", "verifying", {"operation": "destroy", "force": True, "create": creation})
+    ctx.records.write_journal(
+        claim, "destroy", "verifying", {"operation": "destroy", "force": True, "create": creation}
+    )
     ctx.records.release(claim)
     lab.force_state(sandbox.vmid, "PROVISIONING", age=100)
     stuck = "{name: stuck, match: {states: [PROVISIONING]}, after: 10s, action: fail}"

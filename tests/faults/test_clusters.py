@@ -115,7 +115,7 @@ def test_the_absence_guard_is_judged_before_anything_is_written(lab: Lab) -> Non
         lambda conn: conn.execute("UPDATE sandboxes SET lease_expires_at = 1 WHERE uuid = ?", (made[0].uuid,)) and None
     )
     claim = ctx.records.claim(made[1].uuid, "destroy")
-    ctx.records.journal(claim, "destroy", "verifying", {"operation": "destroy", "force": True})
+    ctx.records.write_journal(claim, "destroy", "verifying", {"operation": "destroy", "force": True})
     ctx.records.release(claim)
     lab.pve.requests.clear()
     with pytest.raises(AgentlabError, match="nothing was written"):
@@ -128,7 +128,7 @@ def test_a_cut_off_destroy_that_is_refused_now_bars_no_renewal(lab: Lab) -> None
     made = lab.create(ttl=600)
     ctx = lab.context()
     claim = ctx.records.claim(made.uuid, "destroy")
-    ctx.records.journal(claim, "destroy", "verifying", {"operation": "destroy", "force": True})
+    ctx.records.write_journal(claim, "destroy", "verifying", {"operation": "destroy", "force": True})
     ctx.records.release(claim)
     with pytest.raises(AgentlabError, match="being destroyed"):
         lab.renew(made.vmid, 7200)
@@ -178,8 +178,8 @@ def test_a_new_certificate_authority_is_adopted_when_the_operator_says_so(lab: L
 
 def test_a_process_that_cannot_be_looked_at_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """/proc may hide the processes of other users."""
-    mine = holders.identity()
-    monkeypatch.setattr(holders, "_read", lambda path: "" if path.endswith("/stat") else Path(path).read_text())
+    mine = holders.describe_process()
+    monkeypatch.setattr(holders, "_read_text", lambda path: "" if path.endswith("/stat") else Path(path).read_text())
     assert not holders.is_dead(mine)
     ended = subprocess.Popen(["/bin/true"])
     ended.wait()

@@ -38,7 +38,7 @@ def test_a_claim_of_a_live_run_survives_any_jump_of_the_clock(lab: Lab) -> None:
     lab.context().records.claim(made.uuid, "stop")
     lab.clock.jump(30 * 86400)
     assert lab.destroy(made.vmid, force=True, claim_timeout=0)[0].reason == "busy"
-    assert lab.context().records.interrupted() == []
+    assert lab.context().records.list_interrupted() == []
     lab.clock.jump(-60 * 86400)
     assert lab.destroy(made.vmid, force=True, claim_timeout=0)[0].reason == "busy"
     # Real time passes: nobody holds a claim for ever.
@@ -57,7 +57,7 @@ def test_a_fence_is_not_handed_out_twice_when_an_old_database_is_restored(lab: L
     ctx = lab.context()
     ctx.records.claim(made.uuid, "look")
     ctx.database.write(lambda conn: conn.execute("DELETE FROM claims") and None)
-    kept = ctx.records.meta("fence")
+    kept = ctx.records.read_meta("fence")
     claim = ctx.records.claim(made.uuid, "stop")
 
     def restore(conn: Any) -> None:
@@ -69,7 +69,7 @@ def test_a_fence_is_not_handed_out_twice_when_an_old_database_is_restored(lab: L
     second = lab.context().records.claim(made.uuid, "destroy")
     assert second.fence != claim.fence
     with pytest.raises(ClaimLost):
-        ctx.records.journal(claim, "stop", "requested", {})
+        ctx.records.write_journal(claim, "stop", "requested", {})
 
 
 def test_a_destroy_whose_claim_was_taken_over_is_no_failure_when_it_is_done(lab: Lab) -> None:

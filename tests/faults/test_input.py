@@ -181,7 +181,7 @@ def test_creation_with_any_values_is_success_or_an_error_and_leaves_nothing_behi
         assert error.message
         json.dumps(error.as_dict())
     lab.check_promises()
-    assert lab.context().database.integrity() == "ok"
+    assert lab.context().database.check_integrity() == "ok"
     for method, path, _dummy in lab.pve.requests:
         assert ".." not in path and method in ("GET", "POST", "PUT", "DELETE")
     assert {vm.vmid for vm in lab.pve.vms} <= {500, 9000, 1000}

@@ -63,9 +63,9 @@ def test_the_look_of_another_host_takes_nothing_from_this_hosts_pause(
     lab.expire()
     lab.clock.jump(86400)
     assert lab.expire().suspended
-    here = holders.identity()
+    here = holders.describe_process()
     with monkeypatch.context() as other:
-        other.setattr(timeguard, "host", lambda: "other/1")
+        other.setattr(timeguard, "read_host_name", lambda: "other/1")
         other.setattr(timeguard, "process_identity", lambda: here.replace('"boot": "', '"boot": "other'))
         lab.clock.jump(-86400)
         assert not lab.expire().expired
@@ -165,7 +165,7 @@ def test_a_lease_that_is_renewed_in_its_last_second_holds(lab: Lab, late: int) -
     lab.clock.pass_time(599)
     # A pass that has read the old end of the lease and is slow to act on it.
     slow = lab.context()
-    seen = overview.over(slow.records, int(lab.clock.now()) + 2)
+    seen = overview.list_expired(slow.records, int(lab.clock.now()) + 2)
     assert [one.uuid for one in seen] == [made.uuid]
     assert lab.renew(made.vmid, 3600).changed
     lab.clock.pass_time(late)
@@ -260,10 +260,10 @@ def test_a_reboot_does_not_end_the_pause_after_a_jump(lab: Lab, monkeypatch: pyt
 def test_check_mode_after_a_jump_says_so_and_notes_nothing(lab: Lab) -> None:
     lab.timed_out("old")
     lab.expire()
-    before = lab.context().records.meta(f"clock:{holders.host()}")
+    before = lab.context().records.read_meta(f"clock:{holders.read_host_name()}")
     lab.clock.jump(86400)
     assert [one.reason for one in lab.prune(dry_run=True).kept] == ["clock_jumped"]
-    assert lab.context().records.meta(f"clock:{holders.host()}") == before
+    assert lab.context().records.read_meta(f"clock:{holders.read_host_name()}") == before
 
 
 def test_force_by_a_person_is_not_held_up_by_a_jump(lab: Lab) -> None:

@@ -334,7 +334,7 @@ def test_when_every_node_fails_all_reasons_are_told(context: Callable[..., Any],
     assert "pve1: sandbox" in told and "pve2: sandbox" in told and "pve3: template debian-13" in told
     assert told.count("QEMU exited with code 1") == 2
     assert [vm.vmid for vm in cluster.vms if not vm.template] == []
-    assert ctx.records.live_by_name("a1") is None
+    assert ctx.records.find_live_by_name("a1") is None
 
 
 def test_what_every_node_would_refuse_is_tried_once(context: Callable[..., Any], cluster: Any) -> None:
@@ -373,7 +373,7 @@ def test_a_node_that_dies_at_any_step_loses_no_sandbox(context: Callable[..., An
     if outcome is not None:
         assert outcome.sandbox.node == "pve1" and on_dead == []
     else:
-        record = ctx.records.live_by_name("a1")
+        record = ctx.records.find_live_by_name("a1")
         assert record is not None and record.node == "pve2" and str(record.vmid) in told
 
 

@@ -32,7 +32,7 @@ def run(lab: Lab, sandbox: Sandbox, *argv: str | bytes, **values: Any) -> Comman
 
 def events(ctx: Context, sandbox: Sandbox) -> list[dict[str, Any]]:
     """Return the events of commands in a sandbox, oldest first."""
-    return [event for event in history.events(ctx.database, uuid=sandbox.uuid) if event["operation"] == "exec"]
+    return [event for event in history.read_events(ctx.database, uuid=sandbox.uuid) if event["operation"] == "exec"]
 
 
 SHELLS = ["dash", "bash", "busybox"]

@@ -48,6 +48,6 @@ def new_address(engine: str, path: str) -> str:
 
 def move_to_host(records: Records, host: str, boot: str) -> Records:
     """Return the records as a process on another host holds them: nobody here can look at that process."""
-    here = holders.identity()[:-1]
+    here = holders.describe_process()[:-1]
     records._process = records._process.replace(here, f'{{"host": "{host}", "boot": "{boot}"', 1)
     return records

@@ -112,7 +112,7 @@ class World:
         # The first creation notes which cluster the records belong to.
         lab.create("first", vmid=1999)
         context = lab.context()
-        database = context.records.database_id()
+        database = context.records.read_database_id()
         now = context.clock.now() - 5
         rows: list[tuple[Any, ...]] = []
         entries: list[tuple[Any, ...]] = []

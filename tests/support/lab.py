@@ -226,7 +226,7 @@ class Lab:
         """Leave the journal entry of a destroy that was killed before its delete was decided."""
         ctx = self.context()
         claim = ctx.records.claim(sandbox.uuid, "destroy", wait=0)
-        ctx.records.journal(claim, "destroy", phase, {"operation": operation, "force": True})
+        ctx.records.write_journal(claim, "destroy", phase, {"operation": operation, "force": True})
         ctx.records.release(claim)
 
     def pass_whole_life(self) -> None:
@@ -298,7 +298,7 @@ class Lab:
 
     def events(self, sandbox: Sandbox) -> list[dict[str, Any]]:
         """Return the events of a sandbox, oldest first."""
-        return history.events(self.context().database, uuid=sandbox.uuid)
+        return history.read_events(self.context().database, uuid=sandbox.uuid)
 
     def leftovers(self) -> dict[str, list[dict[str, Any]]]:
         """Return claims and journal entries that nobody removed, by table."""

@@ -69,7 +69,7 @@ class Controller:
                 break
             except StoreUnavailable:
                 time.sleep(0.2)
-        records = Records(self.database, self.database.clock(SystemClock()), f"controller {job['name']}", 30)
+        records = Records(self.database, self.database.choose_clock(SystemClock()), f"controller {job['name']}", 30)
         self.records = move_to_host(records, f"host-{job['name']}", job["name"])
         self.id = str(self.database.controller)
 
@@ -154,7 +154,7 @@ class Controller:
 
     def journal(self, claim: Claim, kind: str, phase: str) -> None:
         """Write a journal entry, and tell of it."""
-        self.records.journal(claim, kind, phase, {})
+        self.records.write_journal(claim, kind, phase, {})
         self.wrote("journal")
 
     def judge(self, sandbox: Sandbox) -> identity.Verdict | None:
@@ -184,7 +184,9 @@ class Controller:
             )
             for _attempt in range(20):
                 self.records.confirm_claims()
-                smbios = self.ask("clone", sandbox.vmid, sandbox.uuid, str(self.records.database_id()), claim.fence)
+                smbios = self.ask(
+                    "clone", sandbox.vmid, sandbox.uuid, str(self.records.read_database_id()), claim.fence
+                )
                 if smbios is not None:
                     break
                 occupied = {sandbox.vmid, *(choice.randint(*RANGE) for _number in range(50))}
@@ -242,7 +244,7 @@ class Controller:
                 if reason:
                     endings.append(Ending(claims[-1], reason, {}))
             if endings:
-                with self.database.together():
+                with self.database.group_writes():
                     closed = self.records.finish_all(endings, "destroy", states.DESTROYED)
                 for record in closed:
                     if record is not None:
@@ -289,10 +291,10 @@ class Controller:
     def expire(self) -> None:
         """Expire all leases that are over."""
         now = self.records.clock.now()
-        over = overview.over(self.records, now)
+        over = overview.list_expired(self.records, now)
         if not over:
             return
-        with self.database.together():
+        with self.database.group_writes():
             ended = self.records.expire_all(over, now)
         for record in ended:
             if record is not None:
@@ -301,7 +303,7 @@ class Controller:
     def finish_interrupted(self) -> None:
         """Take over what dead controllers left: the VM is deleted, if there is one, and the record closed."""
         overview.drop_dead_claims(self.records)
-        for _entry, sandbox in self.records.interrupted_sandboxes():
+        for _entry, sandbox in self.records.list_interrupted_sandboxes():
             rows = self.database.read("SELECT process FROM claims WHERE sandbox_uuid = ?", sandbox.uuid)
             try:
                 claim = self.records.claim(sandbox.uuid, "destroy")

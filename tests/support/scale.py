@@ -92,16 +92,16 @@ def fill_records(database: str, destroyed: int, folder: Path) -> Context:
 
 
 WORK: dict[str, Callable[[Context], object]] = {
-    "when the next lease ends": lambda ctx: overview.next_lease_end(ctx.records),
+    "when the next lease ends": lambda ctx: overview.read_next_lease_end(ctx.records),
     "leases that are over": lambda ctx: lease.expire(ctx, stop_vms=False),
     "a run of the cleanup rules": lambda ctx: cleanup.run(ctx, POLICY),
     "planning a prune": lambda ctx: prune.select(ctx, prune.Selection(older_than=86400)),
-    "what was interrupted": lambda ctx: (ctx.records.unfinished(), overview.drop_dead_claims(ctx.records)),
+    "what was interrupted": lambda ctx: (ctx.records.list_unfinished(), overview.drop_dead_claims(ctx.records)),
     "whether cleanup is frozen": timeguard.frozen,
     "a list": lambda ctx: [sandbox.public() for sandbox in info.find(ctx, info.Filter())],
     "a list of one state": lambda ctx: info.find(ctx, info.Filter(states=["TIMEOUT"])),
     "one sandbox": lambda ctx: ctx.select(1500),
     "a name": lambda ctx: ctx.select(name="a-500"),
-    "the last events of a VMID": lambda ctx: history.events(ctx.database, vmid=1500, tail=20),
-    "the events of a sandbox": lambda ctx: history.events(ctx.database, uuid="live-500"),
+    "the last events of a VMID": lambda ctx: history.read_events(ctx.database, vmid=1500, tail=20),
+    "the events of a sandbox": lambda ctx: history.read_events(ctx.database, uuid="live-500"),
 }

@@ -36,7 +36,7 @@ def entry(kind: str, phase: str, detail: dict[str, Any]) -> JournalEntry:
 
 @pytest.mark.parametrize("note", NOTES)
 def test_a_creation_reads_what_it_noted(note: CreationNote) -> None:
-    read = entry("create", journal.CLONING, note.detail()).creation
+    read = entry("create", journal.CLONING, note.format_detail()).creation
     note.phase, note.at = journal.CLONING, 200
     assert read == note
 
@@ -49,7 +49,7 @@ def test_a_destroy_reads_what_it_noted_and_what_the_creation_had(
     if creation is not None:
         creation.phase, creation.at = journal.WAITING, 120
     note = DestroyNote("clean-up", True, creation, **sent)
-    read = entry("destroy", journal.DELETING, note.detail())
+    read = entry("destroy", journal.DELETING, note.format_detail())
     assert read.destroy == note and read.creation == creation
 
 
@@ -57,14 +57,14 @@ def test_a_destroy_reads_what_it_noted_and_what_the_creation_had(
 def test_a_creation_that_a_destroy_puts_back_keeps_its_time(note: CreationNote) -> None:
     """By it the clone's task is looked for, and by it the doubt about the clone ends."""
     note = replace(note, phase=journal.CLONING, at=120)
-    assert entry("create", journal.CLONING, note.detail_put_back()).creation == note
+    assert entry("create", journal.CLONING, note.format_detail_put_back()).creation == note
 
 
 def test_an_entry_of_an_earlier_release_lacks_the_clone_mode() -> None:
     """The mode is asked for anew then; "None" would mean whichever Proxmox makes of that template."""
     note = entry("create", "cloning", {"template": 9000, "template_node": "pve1", "node": "pve1"}).creation
     assert note is not None and not note.knows_mode and note.template == 9000
-    assert "full" not in note.detail() and "storage" not in note.detail()
+    assert "full" not in note.format_detail() and "storage" not in note.format_detail()
 
 
 def test_an_entry_that_notes_no_creation_never_says_that_none_was_sent() -> None:

@@ -58,7 +58,7 @@ def test_a_journal_value_of_the_wrong_type_is_named(lab: Lab, kind: str, phase: 
     assert outcome.failed and f"operations.detail of sandbox_uuid {damaged.uuid} is not a JSON object {words}" in str(
         outcome.message
     )
-    assert isinstance(lab.context().records.damage()[0], DamagedRecord)
+    assert isinstance(lab.context().records.list_damage()[0], DamagedRecord)
     assert lab.pve.vm(damaged.vmid) is not None
 
 

@@ -38,11 +38,11 @@ def test_an_odd_ca_path_is_refused_at_once(odd: str) -> None:
 
 def test_an_odd_note_beside_the_records_holds_nothing_up(odd: str, tmp_path: Path) -> None:
     database = str(tmp_path / "agentlab.db")
-    Path(latest.path_of(database)).symlink_to(odd)
-    assert latest.read(database) is None
+    Path(latest.make_note_path(database)).symlink_to(odd)
+    assert latest.read_note(database) is None
     Path(database).touch()
-    latest.write(database, 5)
-    assert latest.read(database) == 5
+    latest.write_note(database, 5)
+    assert latest.read_note(database) == 5
 
 
 def load_default_file(path: str) -> object:

@@ -95,7 +95,7 @@ def test_a_copy_that_fails_leaves_folder_and_file_that_were_there(
     (tmp_path / "there" / "notes").write_text("mine")
     made = make_records(tmp_path / "there" / "made.db")
     sums = iter(range(99))
-    monkeypatch.setattr(transfer, "_checksum", lambda _read: str(next(sums)))
+    monkeypatch.setattr(transfer, "_compute_checksum", lambda _read: str(next(sums)))
     for target in (tmp_path / "there" / "to.db", Path(made), tmp_path / "there" / "deeper" / "to.db"):
         with pytest.raises(StoreError, match="differs from"):
             transfer.copy_records(source, str(target))
@@ -121,7 +121,7 @@ def test_a_file_that_somebody_wrote_to_meanwhile_stays(tmp_path: Path, monkeypat
         other.close()
         raise StoreError("it failed")
 
-    monkeypatch.setattr(transfer, "_copy", fail)
+    monkeypatch.setattr(transfer, "_copy_rows", fail)
     with pytest.raises(StoreError, match="it failed"):
         transfer.copy_records(source, str(target))
     assert target.exists()

@@ -73,7 +73,7 @@ def connect() -> Iterator[Any]:
     def make(uri: str, actor: str = "tester", host: str = "elsewhere") -> Records:
         database = open_database(uri)
         opened.append(database)
-        return move_to_host(Records(database, database.clock(SystemClock()), actor), host, actor)
+        return move_to_host(Records(database, database.choose_clock(SystemClock()), actor), host, actor)
 
     yield make
     for database in opened:
@@ -111,7 +111,7 @@ def test_the_node_of_one_controllers_creation_counts_for_the_next(uri: str, conn
             sandbox.node = f"pve{len(load.reservations) % 3 + 1}"
             return placements.Reservation(0, sandbox.node, memory=10)
 
-        place = placements.reserve(store, 600, None, None, (), decide)
+        place = placements.prepare_reservation(store, 600, None, None, (), decide)
         try:
             store.reserve(sandbox, vmid=None, vmid_range=RANGE, occupied=set(), journal={}, place=place)
         except BaseException as error:
@@ -136,11 +136,11 @@ def test_a_claim_lives_as_long_as_its_heartbeat(uri: str, connect: Any, monkeypa
     claim, sandbox = reserve(first)
     with pytest.raises(Busy, match="being worked on: create by first"):
         second.claim(sandbox.uuid, "destroy")
-    real = second.db.server_time
-    monkeypatch.setattr(second.db, "server_time", lambda: real() + 25)
+    real = second.db.read_server_time
+    monkeypatch.setattr(second.db, "read_server_time", lambda: real() + 25)
     with pytest.raises(Busy):
         second.claim(sandbox.uuid, "destroy")
-    monkeypatch.setattr(second.db, "server_time", lambda: real() + 35)
+    monkeypatch.setattr(second.db, "read_server_time", lambda: real() + 35)
     taken = second.claim(sandbox.uuid, "destroy")
     assert taken.interrupted is not None and taken.fence > claim.fence
     assert (first.db.takeovers, second.db.takeovers) == (0, 1), "counted once, by who took over"
@@ -148,7 +148,7 @@ def test_a_claim_lives_as_long_as_its_heartbeat(uri: str, connect: Any, monkeypa
     second.release(second.claim(sandbox.uuid, "destroy"))
     assert second.db.takeovers == 1, "a claim that was given back is not taken over"
     with pytest.raises(ClaimLost):
-        first.journal(claim, "create", "cloning", {})
+        first.write_journal(claim, "create", "cloning", {})
     with pytest.raises(ClaimLost, match="lost to another controller"):
         first.confirm_claims()
 
@@ -173,9 +173,9 @@ def test_a_heartbeat_that_ended_is_told_by_the_clock_of_the_server(
     reserve(first)
     row = second.db.read("SELECT * FROM claims")[0]
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    assert not second._given_up(row), "a wall clock that is wrong by decades kills nobody"
-    monkeypatch.setattr(type(second.db), "server_time", lambda _self: 1e12)
-    assert second._given_up(row)
+    assert not second.is_holder_gone(row), "a wall clock that is wrong by decades kills nobody"
+    monkeypatch.setattr(type(second.db), "read_server_time", lambda _self: 1e12)
+    assert second.is_holder_gone(row)
 
 
 def test_a_controller_that_ended_by_itself_has_no_claim_any_more(uri: str, connect: Any) -> None:
@@ -195,8 +195,8 @@ def test_a_claim_without_a_journal_entry_is_removed_once_its_heartbeat_has_ended
     first.claim(sandbox.uuid, "stop")
     overview.drop_dead_claims(second)
     assert len(second.db.read("SELECT * FROM claims")) == 1
-    real = second.db.server_time
-    monkeypatch.setattr(second.db, "server_time", lambda: real() + 35)
+    real = second.db.read_server_time
+    monkeypatch.setattr(second.db, "read_server_time", lambda: real() + 35)
     overview.drop_dead_claims(second)
     assert second.db.read("SELECT * FROM claims") == []
 
@@ -224,7 +224,7 @@ def test_a_claim_that_could_not_be_given_back_is_given_back_later(
     claim, sandbox = reserve(records)
     own_server.stop()
     with pytest.raises(StoreUnavailable, match="cannot be reached.*Nothing is changed in Proxmox VE"):
-        records.journal(claim, "create", "cloning", {})
+        records.write_journal(claim, "create", "cloning", {})
     with pytest.raises(StoreUnavailable):
         records.confirm_claims()
     records.release(claim)
@@ -248,7 +248,7 @@ def test_leases_and_ages_are_compared_by_the_clock_of_the_server(
     assert abs(records.clock.now() - now) < 30
     _claim, sandbox = reserve(records)
     assert abs(sandbox.created_at - now) < 30
-    assert 3500 < records.db.clock_difference() < 3700
+    assert 3500 < records.db.read_clock_difference() < 3700
 
 
 # ---- losing the server ----
@@ -261,8 +261,8 @@ def test_connections_that_were_cut_are_made_anew(uri: str, connect: Any) -> None
     server().execute(cut)
     assert records.get(sandbox.uuid).vmid == 1000
     server().execute(cut)
-    records.journal(claim, "create", "cloning", {})
-    assert records.under_way(sandbox.uuid).phase == "cloning"
+    records.write_journal(claim, "create", "cloning", {})
+    assert records.find_journal_entry(sandbox.uuid).phase == "cloning"
     assert records.db.reconnects >= 2
 
 
@@ -278,7 +278,7 @@ def test_a_connection_cut_in_the_middle_of_a_transaction_repeats_it(uri: str, co
             server().execute(f"SELECT pg_terminate_backend({pid})")
 
     records.db.write(work)
-    assert len(calls) == 2 and records.meta("k") == "1"
+    assert len(calls) == 2 and records.read_meta("k") == "1"
 
 
 @pytest.mark.parametrize("carried_out", [True, False])
@@ -305,7 +305,7 @@ def test_a_commit_whose_answer_is_lost_is_looked_up_before_it_is_repeated(
     calls = []
     records.db.write(lambda conn: calls.append(1) or (conn.execute("INSERT INTO meta VALUES ('k', '1')", ()) and None))
     assert lost and len(calls) == (1 if carried_out else 2)
-    assert records.meta("k") == "1"
+    assert records.read_meta("k") == "1"
 
 
 def test_a_server_that_is_away_is_one_sentence_and_comes_back_without_a_restart(
@@ -338,7 +338,7 @@ def test_failover_to_a_standby_needs_no_restart(own_server: PostgresServer, conn
         assert records.db.lead("reconcile")
         own_server.stop()
         standby.promote()
-        records.journal(claim, "create", "cloning", {})
+        records.write_journal(claim, "create", "cloning", {})
         assert records.get(sandbox.uuid).vmid == 1000
         with pytest.raises(StoreUnavailable):
             records.db.lead("reconcile")
@@ -360,7 +360,7 @@ def test_ids_of_events_are_handed_out_in_the_order_of_commits(uri: str, connect:
     def read() -> None:
         while True:
             last = end.is_set()
-            seen.extend(row["id"] for row in history.events(reader, after=seen[-1] if seen else 0))
+            seen.extend(row["id"] for row in history.read_events(reader, after=seen[-1] if seen else 0))
             if last:
                 return
 
@@ -425,7 +425,7 @@ def test_a_writer_that_is_paused_inside_a_transaction_holds_up_nobody_for_long(
     other.set_meta("other", "1")
     assert time.monotonic() - began < 2.9
     thread.join()
-    assert len(calls) == 2 and other.meta("paused") == "1"
+    assert len(calls) == 2 and other.read_meta("paused") == "1"
 
 
 # ---- schema and rights ----
@@ -457,7 +457,7 @@ def test_many_that_open_an_empty_database_migrate_it_once(uri: str, connect: Any
     for thread in threads:
         thread.join()
     assert errors == []
-    assert connect(uri).meta("schema_version") == str(schema.VERSION)
+    assert connect(uri).read_meta("schema_version") == str(schema.VERSION)
 
 
 def test_a_later_step_is_added_to_what_is_there(uri: str, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,7 +468,7 @@ def test_a_later_step_is_added_to_what_is_there(uri: str, connect: Any, monkeypa
     monkeypatch.setattr(schema, "MIGRATIONS", steps)
     monkeypatch.setattr(schema, "VERSION", len(steps))
     records = connect(uri)
-    assert reserve(records)[1].vmid == 1000 and records.database_id() is not None
+    assert reserve(records)[1].vmid == 1000 and records.read_database_id() is not None
 
 
 def test_check_mode_changes_nothing(uri: str) -> None:
@@ -516,21 +516,21 @@ def test_records_move_to_postgresql_and_back_unchanged(uri: str, tmp_path: Path,
     records = Records(database, SystemClock(), "tester")
     claim, sandbox = reserve(records)
     records.release(claim)
-    with database.together():
+    with database.group_writes():
         for count in range(number):
             records.note(sandbox, "look", outcome="done", evidence={"count": count, "text": "ä 'quoted' %s ? \\"})
     copies = "INSERT INTO sandboxes (uuid, vmid, name, state, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)"
     rows = [(f"old-{count}", 2000 + count, f"old{count}", "DESTROYED", count, count) for count in range(number)]
     database.write(lambda conn: conn.executemany(copies, rows) and None)
-    name = records.database_id()
+    name = records.read_database_id()
     database.close()
     there = copy_records(first, uri)
     assert there.counts["events"] == number + 1 and there.counts["sandboxes"] == number + 1
     assert there.source_checksum == there.target_checksum
     moved = open_database(uri)
-    assert Records(moved, SystemClock(), "x").database_id() == name
+    assert Records(moved, SystemClock(), "x").read_database_id() == name
     Records(moved, SystemClock(), "x").note(sandbox, "look", outcome="done")
-    assert [row["id"] for row in history.events(moved, tail=1)] == [number + 2]
+    assert [row["id"] for row in history.read_events(moved, tail=1)] == [number + 2]
     moved.close()
     again = copy_records(uri, back)
     assert again.counts["events"] == number + 2 and again.source_checksum == again.target_checksum
@@ -580,10 +580,10 @@ def test_the_run_time_role_can_work_and_cannot_change_the_tables(uri: str, tmp_p
             open_database(run)
         open_database(uri.replace("tester@", "agentlab_owner@")).close()
         database = open_database(run)
-        records = Records(database, database.clock(SystemClock()), "tester")
+        records = Records(database, database.choose_clock(SystemClock()), "tester")
         claim, sandbox = reserve(records)
         records.release(claim)
-        assert records.get(sandbox.uuid).vmid == 1000 and database.latest_event() == 1
+        assert records.get(sandbox.uuid).vmid == 1000 and database.read_latest_event() == 1
         for forbidden in ("DROP TABLE events", "ALTER TABLE events ADD COLUMN x int", "CREATE TABLE x (y int)"):
             with pytest.raises(StoreError, match="grant the run-time role|must be owner"):
                 database.write(lambda conn, sql=forbidden: conn.execute(sql, ()) and None)

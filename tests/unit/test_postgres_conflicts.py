@@ -38,7 +38,7 @@ def connect() -> Iterator[Any]:
     def make(uri: str) -> Records:
         database = open_database(uri)
         opened.append(database)
-        records = Records(database, database.clock(SystemClock()), f"controller {len(opened)}")
+        records = Records(database, database.choose_clock(SystemClock()), f"controller {len(opened)}")
         return move_to_host(records, f"host {len(opened)}", "boot")
 
     yield make
@@ -55,7 +55,7 @@ def test_a_claim_with_a_journal_entry_is_left_to_whoever_finishes_the_operation(
     first.reserve(sandbox, vmid=None, vmid_range=(1000, 1099), occupied=set(), journal={})
     first.db.close()
     overview.drop_dead_claims(second)
-    assert [entry.sandbox_uuid for entry in second.interrupted()] == [sandbox.uuid]
+    assert [entry.sandbox_uuid for entry in second.list_interrupted()] == [sandbox.uuid]
     assert second.claim(sandbox.uuid, "destroy").taken_over and second.db.takeovers == 1
 
 
@@ -64,24 +64,24 @@ def test_confirmed_commits_that_the_server_no_longer_has_are_noticed(uri: str, c
     records = connect(uri)
     database = uri.rpartition("/")[2]
     cut = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"
-    assert not records.db.lost_commits()
+    assert not records.db.has_lost_commits()
     records.set_meta("k", "1")
     server().execute(cut)
     records.set_meta("k", "2")
-    assert not records.db.lost_commits(), "a lost connection is no lost commit"
+    assert not records.db.has_lost_commits(), "a lost connection is no lost commit"
     for lose in ("UPDATE controllers SET commits = commits - 1", "DELETE FROM controllers"):
         server().execute(lose, database)
         server().execute(cut)
         records.set_meta("k", "3")
-        assert records.db.lost_commits()
+        assert records.db.has_lost_commits()
         records.db.forget_lost_commits()
-        assert not records.db.lost_commits()
+        assert not records.db.has_lost_commits()
         records.set_meta("k", "4")
         server().execute(lose, database)
-        assert records.db.lost_commits(), "a process that only reads notices it too"
+        assert records.db.has_lost_commits(), "a process that only reads notices it too"
         records.db.forget_lost_commits()
         records.set_meta("k", "5")
-        assert not records.db.lost_commits()
+        assert not records.db.has_lost_commits()
 
 
 def test_a_process_whose_row_was_removed_after_a_long_silence_lost_nothing(
@@ -90,9 +90,9 @@ def test_a_process_whose_row_was_removed_after_a_long_silence_lost_nothing(
     records = connect(uri)
     records.set_meta("k", "1")
     server().execute("DELETE FROM controllers", uri.rpartition("/")[2])
-    real = engine.since_boot
-    monkeypatch.setattr(engine, "since_boot", lambda: real() + engine._FORGET_SECONDS)
-    assert not records.db.lost_commits()
+    real = engine.read_boot_seconds
+    monkeypatch.setattr(engine, "read_boot_seconds", lambda: real() + engine._FORGET_SECONDS)
+    assert not records.db.has_lost_commits()
 
 
 @pytest.mark.parametrize("writes", [1, 2])
@@ -135,8 +135,8 @@ def test_a_real_deadlock_is_repeated_inside_the_store(uri: str, connect: Any, wr
         calls[0].result(60)
     assert failures == ["40P01"] and database.retries == 1
     assert [queued.error for queued in batch] == [None] * writes and batch[-1].value == "written"
-    assert (records.meta("a"), records.meta("b")) == ("012", "012"), "each session wrote once"
-    assert records.meta("c") == ("1" if writes == 2 else None)
+    assert (records.read_meta("a"), records.read_meta("b")) == ("012", "012"), "each session wrote once"
+    assert records.read_meta("c") == ("1" if writes == 2 else None)
 
 
 def wait_for_lock(pid: int) -> None:
@@ -169,12 +169,12 @@ def test_a_real_serialization_failure_is_repeated_and_then_refused(uri: str, con
 
     if conflicts == 1:
         records.db.write(work)
-        assert records.meta("a") == "012"
+        assert records.read_meta("a") == "012"
     else:
         with pytest.raises(
             StoreError, match="other sessions changed the same rows .*nothing was written; run again"
         ) as e:
             records.db.write(work)
         assert not isinstance(e.value, StoreUnavailable), "the server is there"
-        assert records.meta("a") == "0" + "1" * 5
+        assert records.read_meta("a") == "0" + "1" * 5
     assert failures == ["40001"] * min(conflicts, 5) and records.db.retries == min(conflicts, 4)

@@ -125,7 +125,7 @@ def test_every_text_is_stored_whatever_encoding_the_client_is_told_to_use(
     database = open_database(f"postgresql://tester@127.0.0.1:{postgres.port}/{name}")
     records = Records(database, SystemClock(), "tester")
     records.set_meta("text", "ä → 漢")
-    assert records.meta("text") == "ä → 漢" and len(records.database_id()) == 32
+    assert records.read_meta("text") == "ä → 漢" and len(records.read_database_id()) == 32
     database.close()
 
 

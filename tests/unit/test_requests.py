@@ -309,7 +309,7 @@ def test_a_repeated_renewal_is_no_success_while_the_sandbox_is_being_destroyed(l
     made = lab.create(ttl=7200)
     ctx = lab.context()
     claim = ctx.records.claim(made.uuid, "destroy")
-    ctx.records.journal(claim, "destroy", "verifying", {})
+    ctx.records.write_journal(claim, "destroy", "verifying", {})
     with pytest.raises(Kept, match="it is being destroyed"):
         lab.renew(made.vmid, 3600, min_remaining=60)
 

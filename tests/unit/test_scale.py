@@ -94,7 +94,7 @@ def test_no_plan_walks_through_history(contexts: tuple[Context, Context], what: 
 
 
 def test_a_plan_that_walks_through_history_would_be_seen(contexts: tuple[Context, Context]) -> None:
-    young, old = (steps(ctx, lambda one: overview.by_state(one.records)) for ctx in contexts)
+    young, old = (steps(ctx, lambda one: overview.count_by_state(one.records)) for ctx in contexts)
     # One step for each record at least; how many more depends on SQLite's release (two with 3.46).
     assert old > young + HISTORY, (
         "a count of all that were destroyed reads its whole index: for status and metrics, not for a tick"

@@ -61,5 +61,5 @@ def test_no_work_walks_through_history(ctx: Context, what: str) -> None:
 def test_a_walk_through_history_would_be_seen(ctx: Context) -> None:
     walked, searched = cost(ctx, lambda one: one.database.read("SELECT uuid FROM sandboxes WHERE reason = 'x'"))
     assert walked >= HISTORY, (walked, searched)
-    walked, searched = cost(ctx, lambda one: overview.by_state(one.records))
+    walked, searched = cost(ctx, lambda one: overview.count_by_state(one.records))
     assert walked + searched >= HISTORY, "a count of all that were destroyed is for status and metrics, not for a tick"

@@ -43,13 +43,13 @@ def test_another_host_keeps_the_record_until_the_file_is_removed_where_it_is(
 ) -> None:
     made = lab.create(cloud_init_user_data=DATA)
     (file,) = folder.iterdir()
-    here = holders.host()
+    here = holders.read_host_name()
     assert lab.record(made).snippet_host == here
     # The other host has a folder of the same name, and the file is not in it.
     hidden = folder.rename(folder.with_name("of-the-first-host"))
     folder.mkdir()
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(holders, "host", lambda: "second/0123456789abcdef")
+        elsewhere.setattr(holders, "read_host_name", lambda: "second/0123456789abcdef")
         (kept,) = lab.destroy(made.vmid, force=True)
         assert (kept.reason, lab.record(made).state != "DESTROYED") == ("snippet", True)
         name = here.partition("/")[0]
@@ -76,12 +76,12 @@ def test_the_host_of_the_file_closes_the_record_without_reconciling(
     hidden = folder.rename(folder.with_name("of-the-first-host"))
     folder.mkdir()
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(holders, "host", lambda: "second/0123456789abcdef")
+        elsewhere.setattr(holders, "read_host_name", lambda: "second/0123456789abcdef")
         if what == "destroyed":
             lab.destroy(made.vmid, force=True)
         elif what == "interrupted":
             claim = lab.context().records.claim(made.uuid, "destroy")
-            lab.context().records.journal(claim, "destroy", "deleting", {"operation": "destroy", "force": True})
+            lab.context().records.write_journal(claim, "destroy", "deleting", {"operation": "destroy", "force": True})
             lab.context().records.release(claim)
             lab.reconcile()
         else:
@@ -122,7 +122,7 @@ def test_a_storage_that_both_hosts_share_and_a_host_that_is_gone(
     lab: Lab, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared, lost = lab.create("shared", cloud_init_user_data=DATA), lab.create("lost", cloud_init_user_data=DATA)
-    monkeypatch.setattr(holders, "host", lambda: "second/0123456789abcdef")
+    monkeypatch.setattr(holders, "read_host_name", lambda: "second/0123456789abcdef")
     lab.destroy(shared.vmid, force=True)
     assert lab.record(shared).state == "DESTROYED"
     (file,) = folder.iterdir()
@@ -142,7 +142,7 @@ def test_a_file_that_its_host_removed_holds_no_other_host_up(
         lab.create(cloud_init_user_data=DATA, wait_for_cloud_init=True)
     (made,) = lab.records()
     assert (made.state, list(folder.iterdir())) == ("FAILED", [])
-    monkeypatch.setattr(holders, "host", lambda: "second/0123456789abcdef")
+    monkeypatch.setattr(holders, "read_host_name", lambda: "second/0123456789abcdef")
     lab.destroy(made.vmid, force=True)
     assert lab.record(made).state == "DESTROYED"
 
@@ -153,6 +153,6 @@ def test_records_of_one_host_survive_its_new_name(lab: Lab, folder: Path, monkey
     made = lab.create(cloud_init_user_data=DATA)
     (file,) = folder.iterdir()
     file.unlink()
-    monkeypatch.setattr(holders, "host", lambda: "renamed/0123456789abcdef")
+    monkeypatch.setattr(holders, "read_host_name", lambda: "renamed/0123456789abcdef")
     lab.destroy(made.vmid, force=True)
     assert lab.record(made).state == "DESTROYED"

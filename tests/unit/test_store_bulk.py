@@ -27,7 +27,7 @@ NOW = 10**9
 @pytest.fixture(params=ENGINES)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Records]:
     database = open_database(new_address(request.param, str(tmp_path / "agentlab.db")))
-    yield Records(database, database.clock(SystemClock()), "tester")
+    yield Records(database, database.choose_clock(SystemClock()), "tester")
     database.close()
 
 
@@ -87,14 +87,14 @@ def test_many_operations_end_and_a_lost_claim_writes_nothing(store: Records) -> 
     assert (store.get(two.uuid), events(store, two), events(store, three)) == (two, *before)
     left = [row["sandbox_uuid"] for row in store.db.read("SELECT * FROM claims ORDER BY 1")]
     assert left == [two.uuid, three.uuid]
-    assert [entry.sandbox_uuid for entry in store.unfinished()[0]] == [two.uuid]
+    assert [entry.sandbox_uuid for entry in store.list_unfinished()[0]] == [two.uuid]
 
 
 @pytest.fixture
 def on_server() -> Iterator[Records]:
     require_postgresql()
     database = open_database(server().uri())
-    yield Records(database, database.clock(SystemClock()), "tester")
+    yield Records(database, database.choose_clock(SystemClock()), "tester")
     database.close()
 
 
@@ -120,7 +120,7 @@ def test_the_server_answers_as_seldom_for_many_as_for_few(
     for begin, number in ((0, 3), (10, 40)):
         reserved = [reserve(on_server, begin + n) for n in range(number)]
         asked.clear()
-        with on_server.db.together():
+        with on_server.db.group_writes():
             if what == "leases":
                 moved = on_server.expire_all([sandbox for _claim, sandbox in reserved], NOW)
             else:
@@ -144,8 +144,11 @@ def test_a_writer_without_the_lock_rolls_everything_back(on_server: Records, mon
     monkeypatch.setattr(on_server, "_read_claimed", read)
     endings = [Ending(first, "gone", {}), Ending(second, "gone", {})]
     before = rows(on_server)[1:]
-    with pytest.raises(StoreError, match="did not wait for its turn .* nothing was written"), on_server.db.together():
+    with (
+        pytest.raises(StoreError, match="did not wait for its turn .* nothing was written"),
+        on_server.db.group_writes(),
+    ):
         on_server.set_meta("beside", "1")
         on_server.finish_all(endings, "destroy", "DESTROYED")
-    assert rows(on_server)[1:] == before and on_server.meta("beside") is None
+    assert rows(on_server)[1:] == before and on_server.read_meta("beside") is None
     assert {sandbox.state for sandbox in on_server.find_all()} == {"REQUESTED"}

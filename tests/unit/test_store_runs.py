@@ -53,7 +53,9 @@ def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Connect]
     def make(actor: str = "tester") -> Records:
         database = open_database(address)
         opened.append(database)
-        return move_to_host(Records(database, MovedClock(database.clock(SystemClock())), actor), "elsewhere", actor)
+        return move_to_host(
+            Records(database, MovedClock(database.choose_clock(SystemClock())), actor), "elsewhere", actor
+        )
 
     yield make
     for database in opened:
@@ -78,7 +80,7 @@ def place(
     def default(_load: Load) -> Reservation:
         return Reservation(0, "a", 1024, "local", 2048)
 
-    work = placements.reserve(records, SETTLE, affinity, sandbox.profile, sandbox.tags, decide or default)
+    work = placements.prepare_reservation(records, SETTLE, affinity, sandbox.profile, sandbox.tags, decide or default)
     claim = records.reserve(sandbox, vmid=None, vmid_range=(1000, 1099), occupied=set(), journal={}, place=work)
     return claim, records.get(sandbox.uuid)
 
@@ -146,7 +148,7 @@ def test_a_decision_reads_within_its_own_transaction_only(connect: Connect, monk
         return Reservation(0, "a")
 
     sandbox = new(2, node="a")
-    work = placements.reserve(second, SETTLE, None, None, (), decide)
+    work = placements.prepare_reservation(second, SETTLE, None, None, (), decide)
     with monkeypatch.context() as patched:
         patched.setattr(second.db, "read", refuse)
         second.reserve(sandbox, vmid=None, vmid_range=(1000, 1099), occupied=set(), journal={}, place=work)
@@ -213,8 +215,8 @@ def test_only_live_sandboxes_of_these_records_are_their_own(connect: Connect) ->
     _claim, live = place(records, 1)
     claim, gone = place(records, 2)
     records.change(claim, gone, "create", to="DESTROYED", finish=True)
-    assert placements.own(records, range(900, 2100)) == {live.vmid}
-    assert placements.own(records, ()) == set()
+    assert placements.find_own_vmids(records, range(900, 2100)) == {live.vmid}
+    assert placements.find_own_vmids(records, ()) == set()
 
 
 # ---- commands in guests ----
@@ -230,7 +232,7 @@ def finish(records: Records, sandbox: Sandbox, run: runs.Run, state: str, acks: 
 
 
 def exec_events(records: Records) -> list[str]:
-    return [event["evidence"]["run_id"] for event in history.events(records.db) if event["operation"] == "exec"]
+    return [event["evidence"]["run_id"] for event in history.read_events(records.db) if event["operation"] == "exec"]
 
 
 def test_one_of_two_controllers_begins_a_run(connect: Connect) -> None:
@@ -328,9 +330,9 @@ def test_results_are_forgotten_in_the_guest_once_they_are_written_down(connect: 
     finish(records, sandbox, run, runs.ENDED, acks)
     assert begin(records, sandbox, "r6")[1] == ["r5"]
     assert under_way.state == runs.SENT
-    listed = [(one.id, one.state, one.acked, one.detached) for one in runs.of_sandbox(records, sandbox)]
+    listed = [(one.id, one.state, one.acked, one.detached) for one in runs.list_runs(records, sandbox)]
     assert ("r1", runs.ENDED, True, False) in listed and ("r2", runs.ENDED, False, True) in listed
-    assert len(runs.of_sandbox(records, sandbox, 2)) == 2
+    assert len(runs.list_runs(records, sandbox, 2)) == 2
 
 
 def test_a_damaged_run_is_named(connect: Connect) -> None:

@@ -68,7 +68,7 @@ class Context:
             self.database = Rehearsal(parent.database) if dry_run else parent.database
         if clock is None:
             # Leases and ages are compared by the clock of the records: on PostgreSQL the server's.
-            self.clock = self.database.clock(self.clock)
+            self.clock = self.database.choose_clock(self.clock)
         self.records = Records(self.database, self.clock, actor, self.wait_timeout, stopping)
         self._parent = parent
         self._lock = threading.RLock()
@@ -77,7 +77,7 @@ class Context:
         self._read_once: dict[Any, Any] = {}
         self._once_lock = threading.RLock()
         if parent is None and not dry_run:
-            freeze.notice_older_copy(self.records)
+            freeze.detect_older_copy(self.records)
 
     # ---- Proxmox, from the first use on ----
 
@@ -161,9 +161,9 @@ class Context:
         With both, the sandbox of the VMID must have the name. Raises NotFound when there never was such a sandbox.
         """
         if vmid is not None:
-            sandbox, word = self.records.last_by_vmid(vmid), f"vmid: {vmid}"
+            sandbox, word = self.records.find_last_by_vmid(vmid), f"vmid: {vmid}"
         elif name is not None:
-            sandbox, word = self.records.last_by_name(name), f"name: {name!r}"
+            sandbox, word = self.records.find_last_by_name(name), f"name: {name!r}"
         else:
             raise InvalidInput("give vmid, vmids or name")
         if sandbox is None:

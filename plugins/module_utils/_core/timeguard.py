@@ -17,8 +17,7 @@ from . import clock as clock_module
 from .context import Context
 from .durations import show
 from .store import freeze
-from .store.holders import host
-from .store.holders import identity as process_identity
+from .store.holders import describe_process, read_host_name
 
 JUMP_SECONDS = 60
 _HELD = (
@@ -58,18 +57,18 @@ def hold_leases(ctx: Context) -> str | None:
         # Whoever releases the leases has looked at what this process lost, too.
         ctx.database.forget_lost_commits()
         return _HELD.format(at=note["at"])
-    if ctx.database.lost_commits():
+    if ctx.database.has_lost_commits():
         if not ctx.dry_run:
-            freeze.hold_lost_commits(ctx.records)
+            freeze.freeze_for_lost_commits(ctx.records)
         return _HELD.format(at=clock_module.iso(ctx.clock.now()))
-    noted_event = ctx.database.noted_event()
+    noted_event = ctx.database.read_noted_event()
     if noted_event is None:
         return None
-    event = ctx.database.latest_event()
+    event = ctx.database.read_latest_event()
     at = clock_module.iso(ctx.clock.now())
     if event < noted_event:
         if not ctx.dry_run:
-            freeze.hold_older_copy(ctx.records, event, noted_event)
+            freeze.freeze_for_older_copy(ctx.records, event, noted_event)
         return _HELD.format(at=at)
     if event > noted_event and not ctx.dry_run:
         ctx.database.note_event(event)
@@ -84,7 +83,7 @@ def frozen(ctx: Context) -> dict[str, Any] | None:
 def _clock_jumped(ctx: Context) -> str | None:
     """Return the sentence for a clock that jumped a while ago, or None."""
     now, since_boot = ctx.clock.now(), ctx.clock.since_boot()
-    boot = json.loads(process_identity())["boot"]
+    boot = json.loads(describe_process())["boot"]
     damaged, note = _read(ctx)
     if damaged:
         # Whether the clock jumped since is not known: as after a jump.
@@ -133,7 +132,7 @@ def rests_until(ctx: Context) -> int | None:
     _damaged, note = _read(ctx)
     remaining = (
         float(note.get("until") or 0) - ctx.clock.since_boot()
-        if note and note["boot"] == json.loads(process_identity())["boot"]
+        if note and note["boot"] == json.loads(describe_process())["boot"]
         else 0.0
     )
     return ctx.clock.now() + int(remaining) + 1 if remaining > 0 else None
@@ -141,12 +140,12 @@ def rests_until(ctx: Context) -> int | None:
 
 def _key() -> str:
     """Return the key of this host's note: another host on the same records has a clock of its own."""
-    return f"clock:{host()}"
+    return f"clock:{read_host_name()}"
 
 
 def _read(ctx: Context) -> tuple[bool, dict[str, Any] | None]:
     """Return whether this host's note is damaged, and the note. Release 1.0.0 had one for all hosts."""
-    text = ctx.records.meta(_key()) or ctx.records.meta("clock")
+    text = ctx.records.read_meta(_key()) or ctx.records.read_meta("clock")
     if text is None:
         return False, None
     try:

@@ -164,7 +164,7 @@ def test_two_databases_on_one_cluster_leave_each_other_in_peace(lab: Lab) -> Non
     for database, vmid_range, own in ((first_database, first_range, first), (second_database, second_range, second)):
         lab.database = database
         assert lab.reconcile(**vmid_range) == []
-        ids.append(lab.context().records.database_id())
+        ids.append(lab.context().records.read_database_id())
         assert [shown["identity"] for shown in lab.info()["sandboxes"]] == ["MATCH"] and lab.record(
             own
         ).state == "RUNNING"

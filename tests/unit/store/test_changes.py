@@ -35,7 +35,7 @@ def test_vmid_and_name_are_unique_among_live_records_only(store: Records) -> Non
         (1005, "REQUESTED"),
         (1006, "REQUESTED"),
     ]
-    assert store.last_by_vmid(1005).name == "s2"
+    assert store.find_last_by_vmid(1005).name == "s2"
 
 
 def test_a_freed_vmid_is_not_the_next_one_taken_and_the_range_wraps(store: Records) -> None:
@@ -66,18 +66,18 @@ def test_change_is_a_compare_and_set(store: Records) -> None:
         store.change(claim, now, "create", to="STOPPED")
     assert store.get(old.uuid).state == "PROVISIONING"
     assert [
-        (row["from_state"], row["to_state"], row["outcome"]) for row in history.events(store.db, uuid=old.uuid)
+        (row["from_state"], row["to_state"], row["outcome"]) for row in history.read_events(store.db, uuid=old.uuid)
     ] == [(None, "REQUESTED", "decided"), ("REQUESTED", "PROVISIONING", "done")]
 
 
 def test_a_refused_change_leaves_no_event(store: Records) -> None:
     claim, old = reserve(store)
     store.change(claim, old, "create", protected=1)
-    count = len(history.events(store.db, uuid=old.uuid))
+    count = len(history.read_events(store.db, uuid=old.uuid))
     for _dummy in range(2):
         with pytest.raises(RecordChanged):
             store.amend(old, "update", protected=0)
-    assert len(history.events(store.db, uuid=old.uuid)) == count and store.get(old.uuid).protected
+    assert len(history.read_events(store.db, uuid=old.uuid)) == count and store.get(old.uuid).protected
 
 
 def test_what_a_change_answers_is_what_is_stored(store: Records) -> None:
@@ -128,9 +128,9 @@ def test_destroyed_is_final(store: Records) -> None:
 
 def test_finish_removes_journal_and_claim_with_the_change(store: Records) -> None:
     claim, old = reserve(store)
-    assert store.under_way(old.uuid).phase == "reserved"
+    assert store.find_journal_entry(old.uuid).phase == "reserved"
     store.change(claim, old, "create", to="FAILED", finish=True)
-    assert store.under_way(old.uuid) is None and store.db.read("SELECT * FROM claims") == []
+    assert store.find_journal_entry(old.uuid) is None and store.db.read("SELECT * FROM claims") == []
 
 
 def test_retention_removes_old_destroyed_records_with_their_events_and_no_others(address: str) -> None:
@@ -151,12 +151,12 @@ def test_retention_removes_old_destroyed_records_with_their_events_and_no_others
 def test_an_event_of_a_pass_that_repeats_the_last_one_is_not_written(store: Records) -> None:
     store.in_pass = True
     _claim, sandbox = reserve(store)
-    before = len(history.events(store.db, uuid=sandbox.uuid))
+    before = len(history.read_events(store.db, uuid=sandbox.uuid))
 
     def count(**changes: Any) -> int:
         values = {"outcome": "kept", "reason": "locked", "evidence": {"lock": "backup"}, **changes}
         store.note(sandbox, str(values.pop("operation", "cleanup")), **values)
-        return len(history.events(store.db, uuid=sandbox.uuid)) - before
+        return len(history.read_events(store.db, uuid=sandbox.uuid)) - before
 
     assert [count(), count(), count(evidence={"lock": "migrate"}), count(outcome="failed")] == [1, 1, 2, 3]
     # Another operation in between changes nothing; something that was done does.
@@ -171,7 +171,7 @@ def test_each_closed_journal_of_a_killed_run_has_its_event(store: Records) -> No
     sandbox = store.change(claim, sandbox, "create", finish=True)
     for _run in range(4):
         claim = store.claim(sandbox.uuid, "stop")
-        store.journal(claim, "stop", "requested", {})
+        store.write_journal(claim, "stop", "requested", {})
         sandbox = store.change(claim, sandbox, "stop", outcome="interrupted", reason="requested", finish=True)
-    outcomes = [row["outcome"] for row in history.events(store.db, uuid=sandbox.uuid)]
+    outcomes = [row["outcome"] for row in history.read_events(store.db, uuid=sandbox.uuid)]
     assert outcomes.count("interrupted") == 4

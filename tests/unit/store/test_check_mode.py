@@ -53,10 +53,10 @@ def test_check_mode_reads_the_file_itself_until_something_is_written(path: Path)
         store.db._writer.execute("DELETE FROM sandboxes")
     store.set_meta("tried", "1")
     reserve(real, 3)
-    assert [one.name for one in store.find_all()] == ["s1", "s2"] and store.meta("tried") == "1"
-    with store.db.together():
+    assert [one.name for one in store.find_all()] == ["s1", "s2"] and store.read_meta("tried") == "1"
+    with store.db.group_writes():
         store.set_meta("tried", "2")
-    assert store.meta("tried") == "2" and real.meta("tried") is None and len(real.find_all()) == 3
+    assert store.read_meta("tried") == "2" and real.read_meta("tried") is None and len(real.find_all()) == 3
 
 
 def test_check_mode_sees_what_is_still_in_the_log(path: Path) -> None:

@@ -33,14 +33,14 @@ def test_a_lost_fence_writes_nothing_more(address: str) -> None:
     newer = second.claim(sandbox.uuid, "destroy")
     assert newer.fence > claim.fence and newer.interrupted is not None and newer.interrupted.phase == "reserved"
     for write in (
-        lambda: store.journal(claim, "create", "cloning", {}),
+        lambda: store.write_journal(claim, "create", "cloning", {}),
         lambda: store.change(claim, sandbox, "create", to="PROVISIONING"),
-        lambda: store.fenced(claim, lambda conn: None),
+        lambda: store.run_fenced(claim, lambda conn: None),
     ):
         with pytest.raises(ClaimLost, match="lost to another run"):
             write()
     store.release(claim)
-    assert store.get(sandbox.uuid).state == "REQUESTED" and store.under_way(sandbox.uuid).phase == "reserved"
+    assert store.get(sandbox.uuid).state == "REQUESTED" and store.find_journal_entry(sandbox.uuid).phase == "reserved"
     assert len(store.db.read("SELECT * FROM claims")) == 1, (
         "the release of a lost claim must not release the other run's"
     )
@@ -51,7 +51,7 @@ def test_writing_extends_the_claim(address: str) -> None:
     store = Records(open_database(address), clock, "x")
     claim, _dummy = reserve(store)
     clock.pass_time(records.CLAIM_SECONDS - 1)
-    store.journal(claim, "create", "cloning", {})
+    store.write_journal(claim, "create", "cloning", {})
     clock.pass_time(records.CLAIM_SECONDS - 1)
     with pytest.raises(Busy):
         Records(store.db, clock, "second").claim(claim.uuid, "stop")
@@ -70,17 +70,17 @@ def test_a_sign_of_life_before_the_removal_of_dead_claims_keeps_the_claim(
     write = other.db.write
 
     def wait_for_turn(work: Any, **options: Any) -> Any:
-        store.fenced(claim, lambda conn: None)
+        store.run_fenced(claim, lambda conn: None)
         return write(work, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(other.db, "write", wait_for_turn)
         overview.drop_dead_claims(other)
-    store.fenced(claim, lambda conn: None)
+    store.run_fenced(claim, lambda conn: None)
     clock.pass_time(store.claim_seconds)
     overview.drop_dead_claims(other)
     with pytest.raises(ClaimLost):
-        store.fenced(claim, lambda conn: None)
+        store.run_fenced(claim, lambda conn: None)
     for database in (store.db, other.db):
         database.close()
 
@@ -94,13 +94,13 @@ def test_a_dead_process_claim_is_taken_over_at_once(address: str) -> None:
 import os, signal
 one = Sandbox(uuid="00000000-0000-4000-8000-000000000001", vmid=0, name="s1", state="REQUESTED")
 claim = store.reserve(one, vmid=None, vmid_range=(1000, 1999), occupied=set(), journal={"a": 1})
-store.journal(claim, "create", "cloning", {"a": 2})
+store.write_journal(claim, "create", "cloning", {"a": 2})
 os.kill(os.getpid(), signal.SIGKILL)
 """,
     )
     killed.communicate(timeout=30)
     assert killed.returncode == -9
-    assert [one.phase for one in store.interrupted()] == ["cloning"]
+    assert [one.phase for one in store.list_interrupted()] == ["cloning"]
     claim = store.claim(new(1).uuid, "create", wait=0)
     assert claim.interrupted is not None and claim.interrupted.detail == {"a": 2}
 
@@ -122,7 +122,7 @@ sys.stdin.readline()
         with pytest.raises(Busy, match="sandbox 1044 is being worked on: create by child AWX job 7 for") as caught:
             store.claim(new(1).uuid, "stop", wait=0.2)
         assert caught.value.detail["holder"] == "child AWX job 7" and caught.value.detail["operation"] == "create"
-        assert store.interrupted() == []
+        assert store.list_interrupted() == []
     finally:
         living.communicate("\n", timeout=30)
     assert store.claim(new(1).uuid, "stop", wait=5).operation == "stop"
@@ -145,7 +145,7 @@ def test_a_claim_that_cannot_be_given_back_keeps_its_own_process_waiting_for_not
         f"try: store.claim({sandbox.uuid!r}, 'stop')\nexcept Busy: print('busy')",
     )
     assert run.communicate() == ("busy\n", "")
-    assert [one.kind for one in store.interrupted()] == ["create"]
+    assert [one.kind for one in store.list_interrupted()] == ["create"]
     again = Records(Database(str(path)), SystemClock(), "tester").claim(sandbox.uuid, "create")
     assert again.fence > claim.fence and again.interrupted is not None
     with pytest.raises(Busy):
@@ -189,8 +189,8 @@ def test_waiting_for_a_claim_is_bounded_and_succeeds_when_it_is_given_back(store
     ],
 )
 def test_only_certain_death_counts(change: dict[str, object], dead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(holders, "machine", lambda: "one")
-    found = {**json.loads(holders.identity()), **change}
+    monkeypatch.setattr(holders, "read_machine_id", lambda: "one")
+    found = {**json.loads(holders.describe_process()), **change}
     assert holders.is_dead(json.dumps(found)) is dead
 
 
@@ -202,10 +202,10 @@ def test_another_boot_of_this_name_is_dead_only_if_it_was_this_machine(
     written: str, machine: str, dead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second host with the same name, also one made from the same image, keeps its claims while it works."""
-    monkeypatch.setattr(holders, "machine", lambda: "one")
+    monkeypatch.setattr(holders, "read_machine_id", lambda: "one")
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     holder = {
-        **json.loads(holders.identity()),
+        **json.loads(holders.describe_process()),
         "boot": "another",
         "machine": machine,
         "at": booted + (-5 if written == "before this boot" else 5),
@@ -216,10 +216,10 @@ def test_another_boot_of_this_name_is_dead_only_if_it_was_this_machine(
 @pytest.mark.parametrize("number", ["", "uninitialized\n", "0" * 32, "not an id"])
 def test_machines_without_an_id_are_not_one_machine(number: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two containers of one image on two hosts have the same name and no id. The second started after the claim."""
-    read = holders._read
-    monkeypatch.setattr(holders, "_read", lambda path: number if path == "/etc/machine-id" else read(path))
-    monkeypatch.setattr(holders, "machine", holders.machine.__wrapped__)
-    holder = {**json.loads(holders.identity()), "boot": "that of the first one", "at": 5.0}
+    read = holders._read_text
+    monkeypatch.setattr(holders, "_read_text", lambda path: number if path == "/etc/machine-id" else read(path))
+    monkeypatch.setattr(holders, "read_machine_id", holders.read_machine_id.__wrapped__)
+    holder = {**json.loads(holders.describe_process()), "boot": "that of the first one", "at": 5.0}
     assert holder["machine"] == "" and holders.is_dead(json.dumps(holder)) is False
 
 

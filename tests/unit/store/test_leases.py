@@ -79,7 +79,7 @@ def test_keepalive_renews_what_is_over_but_never_what_is_being_destroyed(address
     renewed = store.renew(sandbox, 5000, 1000, keepalive=True)
     assert renewed.lease_expires_at == 5000
     claim = store.claim(sandbox.uuid, "destroy")
-    store.journal(claim, "destroy", "verifying", {})
+    store.write_journal(claim, "destroy", "verifying", {})
     with pytest.raises(RecordChanged):
         store.renew(renewed, 9000, 6000, keepalive=True)
     assert store.get(sandbox.uuid).lease_expires_at == 5000

@@ -23,7 +23,7 @@ def test_new_file_has_the_newest_schema(path: Path) -> None:
     database = Database(str(path))
     assert database.read("PRAGMA user_version")[0][0] == schema.VERSION
     assert database.read("PRAGMA application_id")[0][0] == schema.APPLICATION_ID
-    assert database.integrity() == "ok"
+    assert database.check_integrity() == "ok"
 
 
 def test_an_older_file_is_brought_up_and_keeps_its_records(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,9 +41,9 @@ def all_deleted(path: Path) -> None:
 def test_nothing_is_written_once_another_file_stands_at_the_path(path: Path, damage: Callable[[Path], None]) -> None:
     store = Records(Database(str(path)), SystemClock(), "test")
     claim, sandbox = reserve(store)
-    assert store.db.replaced() is None
+    assert store.db.explain_replacement() is None
     damage(path)
-    sentence = store.db.replaced()
+    sentence = store.db.explain_replacement()
     assert (
         sentence
         and sentence.startswith(f"database {path}: {path}")
@@ -53,7 +53,7 @@ def test_nothing_is_written_once_another_file_stands_at_the_path(path: Path, dam
     writes: list[Callable[[], object]] = [
         lambda: store.set_meta("a", "1"),
         lambda: store.claim(sandbox.uuid, "stop"),
-        lambda: store.journal(claim, "create", "x", {}),
+        lambda: store.write_journal(claim, "create", "x", {}),
         lambda: store.change(claim, sandbox, "create", to="PROVISIONING"),
         lambda: store.expire(sandbox, 10**10),
         lambda: reserve(store, 2),
@@ -62,7 +62,7 @@ def test_nothing_is_written_once_another_file_stands_at_the_path(path: Path, dam
         with pytest.raises(StoreError) as refused:
             write()
         assert refused.value.message == sentence
-    with pytest.raises(StoreError) as refused, store.db.together():
+    with pytest.raises(StoreError) as refused, store.db.group_writes():
         raise AssertionError("the bulk run was begun")
     assert refused.value.message == sentence
     assert read_all_rows(store) == before
@@ -70,10 +70,10 @@ def test_nothing_is_written_once_another_file_stands_at_the_path(path: Path, dam
 
 def test_a_file_that_is_replaced_in_the_middle_of_a_transaction_takes_its_commit_along(path: Path) -> None:
     store = Records(Database(str(path)), SystemClock(), "test")
-    with pytest.raises(StoreError, match="was deleted, moved or replaced"), store.db.together():
+    with pytest.raises(StoreError, match="was deleted, moved or replaced"), store.db.group_writes():
         store.set_meta("a", "1")
         moved(path)
-    assert store.meta("a") is None
+    assert store.read_meta("a") is None
 
 
 def test_a_link_to_the_records_that_leads_elsewhere_is_noticed(path: Path, tmp_path: Path) -> None:

@@ -190,6 +190,6 @@ def test_full_disk_is_explained_and_nothing_is_written(path: Path) -> None:
     with pytest.raises(StoreError, match="the disk is full"):
         store.db.write(lambda conn: conn.execute("INSERT INTO meta VALUES ('big', ?)", ("x" * 1000000,)) and None)
     store.db._writer.execute("PRAGMA max_page_count = 1073741823")
-    assert store.meta("big") is None
+    assert store.read_meta("big") is None
     store.release(claim)
     assert store.get(sandbox.uuid).state == "REQUESTED"

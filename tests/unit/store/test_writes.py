@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Writes of many threads and processes: group commit, all or nothing in together(), nothing lost."""
+"""Writes of many threads and processes: group commit, all or nothing in group_writes(), nothing lost."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_an_interrupted_commit_is_told_to_every_job_of_it(address: str) -> None:
 def test_together_is_one_commit_and_reads_its_own_writes(address: str) -> None:
     store = Records(open_database(address), SystemClock(), "test")
     other = Records(open_database(address), SystemClock(), "other")
-    with store.db.together():
+    with store.db.group_writes():
         store.set_meta("a", "1")
         with pytest.raises(StoreError):
             store.db.write(
@@ -130,25 +130,25 @@ def test_together_is_one_commit_and_reads_its_own_writes(address: str) -> None:
                 )
             )
         store.set_meta("c", "1")
-        assert store.meta("a") == store.meta("c") == "1" and store.meta("b") is None
-        assert other.meta("a") is None
-    assert other.meta("a") == other.meta("c") == "1" and other.meta("b") is None
+        assert store.read_meta("a") == store.read_meta("c") == "1" and store.read_meta("b") is None
+        assert other.read_meta("a") is None
+    assert other.read_meta("a") == other.read_meta("c") == "1" and other.read_meta("b") is None
 
 
 def test_together_writes_all_or_nothing(address: str) -> None:
     store = Records(open_database(address), SystemClock(), "test")
-    with pytest.raises(RuntimeError), store.db.together():
+    with pytest.raises(RuntimeError), store.db.group_writes():
         store.set_meta("a", "1")
         raise RuntimeError
-    assert store.meta("a") is None
-    with pytest.raises(StoreError, match="rolled back"), store.db.together():
+    assert store.read_meta("a") is None
+    with pytest.raises(StoreError, match="rolled back"), store.db.group_writes():
         store.set_meta("a", "1")
         # As SQLite does by itself when the disk is full.
         store.db._writer.execute("ROLLBACK")
         store.set_meta("b", "1")
-    assert store.meta("a") is None and store.meta("b") is None
+    assert store.read_meta("a") is None and store.read_meta("b") is None
     store.set_meta("d", "1")
-    assert store.meta("d") == "1"
+    assert store.read_meta("d") == "1"
 
 
 def test_a_step_that_is_refused_in_a_bulk_run_leaves_nothing_and_spoils_no_other(address: str) -> None:
@@ -156,7 +156,7 @@ def test_a_step_that_is_refused_in_a_bulk_run_leaves_nothing_and_spoils_no_other
     (first, one), (stale, two), (lost, three), (last, four) = (reserve(store, number) for number in (1, 2, 3, 4))
     store.amend(two, "update", keepalive=1)
     lost.fence -= 1
-    with store.db.together():
+    with store.db.group_writes():
         store.change(first, one, "create", to="FAILED", finish=True)
         before = read_all_rows(store)
         for finish in (True, False):
@@ -176,7 +176,7 @@ def test_a_step_that_is_refused_in_a_bulk_run_leaves_nothing_and_spoils_no_other
         assert read_all_rows(store) == before
         store.change(last, four, "create", to="FAILED", finish=True)
     assert [found.state for found in store.find_all()] == ["FAILED", "REQUESTED", "REQUESTED", "FAILED"]
-    assert [found.sandbox_uuid for found in store.unfinished()[0]] == [two.uuid, three.uuid]
+    assert [found.sandbox_uuid for found in store.list_unfinished()[0]] == [two.uuid, three.uuid]
     # The claims of those that were refused are still held, and good for another try.
     store.change(stale, store.get(two.uuid), "create", to="FAILED", finish=True)
 
@@ -193,7 +193,7 @@ def test_a_step_that_the_database_breaks_off_halfway_leaves_no_half(path: Path) 
     with pytest.raises(StoreError, match="disk is full"):
         store.change(second, two, "create", to="FAILED", finish=True)
     assert read_all_rows(store) == before
-    with pytest.raises(StoreError, match="disk is full"), store.db.together():
+    with pytest.raises(StoreError, match="disk is full"), store.db.group_writes():
         store.change(first, one, "create", to="FAILED", finish=True)
         with pytest.raises(StoreError, match="disk is full"):
             store.change(second, two, "create", to="FAILED", finish=True)
@@ -202,7 +202,7 @@ def test_a_step_that_the_database_breaks_off_halfway_leaves_no_half(path: Path) 
             store.change(third, three, "create", to="FAILED", finish=True)
     assert read_all_rows(store) == before
     store.db._writer.execute("DROP TRIGGER broken")
-    with store.db.together():
+    with store.db.group_writes():
         for claim, sandbox in ((first, one), (second, two), (third, three)):
             store.change(claim, sandbox, "create", to="FAILED", finish=True)
     assert {found.state for found in store.find_all()} == {"FAILED"} and store.db.read("SELECT * FROM claims") == []
@@ -217,12 +217,12 @@ def test_others_wait_for_together_and_lose_nothing(address: str) -> None:
     ]
     for one in threads:
         one.start()
-    with store.db.together():
+    with store.db.group_writes():
         begun.set()
         store.set_meta("first", "1")
     for one in threads:
         one.join(10)
-    assert all(store.meta(f"k{number}") == "1" for number in range(20)) and store.meta("first") == "1"
+    assert all(store.read_meta(f"k{number}") == "1" for number in range(20)) and store.read_meta("first") == "1"
 
 
 def test_a_writer_that_is_interrupted_while_it_waits_keeps_nobody_waiting(address: str) -> None:
@@ -250,7 +250,7 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 threads[0].join(); later.join(20)
-print(store.meta("later"), store.meta("mine"))
+print(store.read_meta("later"), store.read_meta("mine"))
 """
     done = child(address, "a", code)
     out, err = done.communicate(timeout=60)
@@ -275,7 +275,7 @@ threads = [threading.Thread(target=work, args=(part,)) for part in range(2)]
     database = open_database(address)
     assert len(database.read("SELECT 1 FROM meta WHERE key LIKE '%-%-%'")) == 80
     assert database.read("SELECT value FROM meta WHERE key = 'fence'")[0][0] == "80"
-    assert database.integrity() == "ok"
+    assert database.check_integrity() == "ok"
 
 
 def test_processes_that_reserve_at_once_get_different_vmids(address: str) -> None:

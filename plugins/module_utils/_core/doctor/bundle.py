@@ -49,7 +49,7 @@ def bundle(exam: Examination, report: Diagnosis, *, hosts: bool = False, events:
         "configuration": config,
         **report.public(),
         "sandboxes": [sandbox.public() for sandbox in live],
-        "events": [info.format_event(row) for row in history.events(context.database, tail=events)],
+        "events": [info.format_event(row) for row in history.read_events(context.database, tail=events)],
     }
     return dict(_redact(json.loads(json.dumps(content, default=str)), _replacements(exam, hosts), hosts))
 

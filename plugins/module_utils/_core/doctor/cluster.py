@@ -49,7 +49,7 @@ def check_proxmox(exam: Examination) -> Iterable[Finding]:
 
 
 def check_cluster(exam: Examination) -> Iterable[Finding]:
-    known = exam.context.records.meta("cluster")
+    known = exam.context.records.read_meta("cluster")
     if known is None:
         yield Finding("cluster", OK, "these records do not know a cluster yet; the first creation notes it")
         return

@@ -29,7 +29,7 @@ def check_commands(exam: Examination) -> Iterable[Finding]:
         for sandbox in exam.context.records.find_all(states.OPERATIONS["exec"].allowed)
         if not sandbox.expired(exam.context.clock.now())
     ]
-    used = any(runs.of_sandbox(exam.context.records, sandbox, 1) for sandbox in running)
+    used = any(runs.list_runs(exam.context.records, sandbox, 1) for sandbox in running)
     if not exam.config.proxmox.is_root and name not in exam.standing.held.get(path, set()):
         yield Finding(
             "commands",

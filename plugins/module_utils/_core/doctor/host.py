@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import states, timeguard
 from ..store import schema, workspaces
-from ..store.open import sqlite_version
+from ..store.open import read_sqlite_version
 from ..store.sqlite import latest
 from ..version import __version__
 from ..vm import binding
@@ -42,7 +42,7 @@ def check_configuration(exam: Examination) -> Iterable[Finding]:
         "validate_certs": proxmox.validate_certs,
         "database": exam.config.database,
         "python": platform.python_version(),
-        "sqlite": sqlite_version(),
+        "sqlite": read_sqlite_version(),
         "collection": __version__,
         **_libraries(),
     }
@@ -149,7 +149,7 @@ def _check_server(exam: Examination, path: str) -> Iterable[Finding]:
 
 def _check_damage(exam: Examination, client: str) -> Iterable[Finding]:
     """Yield each damaged value of the records. ``client`` is the command that takes a statement as its argument."""
-    for error in (*exam.context.records.damage(), *workspaces.Workspaces(exam.context.records).damage()):
+    for error in (*exam.context.records.list_damage(), *workspaces.Workspaces(exam.context.records).list_damage()):
         yield Finding(
             "records",
             PROBLEM,
@@ -211,7 +211,7 @@ def check_database(exam: Examination) -> Iterable[Finding]:
     mode = stat.S_IMODE(status.st_mode)
     allowed = 0o660 if exam.config.database_group_access else 0o600
     facts.update(mode=f"{mode:04o}", bytes=status.st_size)
-    integrity = exam.context.database.integrity()
+    integrity = exam.context.database.check_integrity()
     if integrity != "ok":
         yield Finding(
             "database",
@@ -263,7 +263,7 @@ def _lost_records(exam: Examination, in_use: bool) -> tuple[str, str] | None:
         f"put the file back to {path}, or a backup of it (docs/troubleshooting.md, Backups), before anything that "
         "uses the records is started again"
     )
-    companions = [name for name in (f"{path}-wal", latest.path_of(path)) if os.path.exists(name)]
+    companions = [name for name in (f"{path}-wal", latest.make_note_path(path)) if os.path.exists(name)]
     if in_use:
         return (
             f"{path} does not exist, but agentlabd runs with it: it was deleted or moved, and agentlabd writes "
@@ -289,7 +289,7 @@ def check_work(exam: Examination) -> Iterable[Finding]:
     waiting: list[str] = []
     doubtful: list[str] = []
     cut_off: list[str] = []
-    for entry, sandbox in context.records.interrupted_sandboxes():
+    for entry, sandbox in context.records.list_interrupted_sandboxes():
         if binding.waits_for_next_run(entry, sandbox.state):
             waiting.append(str(sandbox.vmid))
         elif binding.stays_unfinished(context, sandbox, entry):

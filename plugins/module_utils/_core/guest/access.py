@@ -127,7 +127,7 @@ class Guest:
                 f"{clock_module.iso(sandbox.lease_expires_at)} and it is about to become TIMEOUT. Create a new sandbox",
                 vmid=sandbox.vmid,
             )
-        under_way = ctx.records.under_way(sandbox.uuid)
+        under_way = ctx.records.find_journal_entry(sandbox.uuid)
         if under_way is not None and under_way.kind == "destroy":
             raise Kept(
                 "busy",

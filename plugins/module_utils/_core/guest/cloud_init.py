@@ -195,7 +195,7 @@ def provide_snippet(ctx: Context, claim: Claim, sandbox: Sandbox, data: str | No
             )
         return sandbox
     path = os.path.join(ctx.config.snippets_dir, snippets.compose_name(sandbox))
-    host = holders.host()
+    host = holders.read_host_name()
     if (sandbox.snippet, sandbox.snippet_host) != (path, host):
         if sandbox.snippet is not None:
             snippets.remove(ctx, sandbox)

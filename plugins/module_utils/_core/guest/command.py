@@ -206,7 +206,7 @@ def list_runs(ctx: Context, sandbox: Sandbox) -> list[dict[str, Any]]:
             "signal": run.detail.get("signal"),
             "duration_ms": run.detail.get("duration_ms"),
         }
-        for run in runs.of_sandbox(ctx.records, sandbox)
+        for run in runs.list_runs(ctx.records, sandbox)
     ]
 
 
@@ -669,7 +669,7 @@ class _Command(_Run):
         known: set[str] = set()
         self.expected = 0.0
         if self.layout is not None:
-            known, seconds, has_room = runs.guest_memory(ctx.records, self.sandbox, self.layout.kind)
+            known, seconds, has_room = runs.read_guest_memory(ctx.records, self.sandbox, self.layout.kind)
             if not detached and on_output is None and cancel is None:
                 self.expected = (self.layout.seconds if seconds is None else seconds) + _OVERHEAD
             if not has_room:

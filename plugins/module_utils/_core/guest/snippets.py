@@ -68,7 +68,7 @@ def _note_removal(ctx: Context, sandbox: Sandbox) -> None:
 
 def is_elsewhere(ctx: Context, sandbox: Sandbox) -> bool:
     """Return whether another host wrote the snippet. Records without heartbeats are those of one host."""
-    return ctx.records.db.controller is not None and sandbox.snippet_host not in (None, holders.host())
+    return ctx.records.db.controller is not None and sandbox.snippet_host not in (None, holders.read_host_name())
 
 
 def make_temporary_path(path: str) -> str:

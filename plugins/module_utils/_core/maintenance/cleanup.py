@@ -124,7 +124,7 @@ def _run(ctx: Context, policy: rules.Policy) -> CleanupResult:
                 if rule.action == rules.FAIL
             ]
             if policy.keep_destroyed is not None and not pause_reason:
-                report.forgotten = history.forgettable(ctx.records, policy.keep_destroyed)
+                report.forgotten = history.count_forgettable(ctx.records, policy.keep_destroyed)
             return report
         # Destroy only what the guard has counted: other sandboxes may have become eligible meanwhile.
         counted = {sandbox.uuid for sandbox in planned.pruned}

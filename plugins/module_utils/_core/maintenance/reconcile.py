@@ -139,14 +139,14 @@ def _run(ctx: Context, apply: bool, adopt_cluster: bool, known_vms: KnownVms | N
     if writing:
         settled += _finish_interrupted(ctx)
     else:
-        for entry, sandbox in ctx.records.interrupted_sandboxes():
+        for entry, sandbox in ctx.records.list_interrupted_sandboxes():
             if not binding.stays_unfinished(ctx, sandbox, entry):
                 evidence = {"operation": entry.kind, "phase": entry.phase, "actor": entry.actor}
                 settled.append(Drift("interrupted", "finish it", evidence, sandbox))
     settled += _leases(ctx, writing)
     if writing:
         # Compare again what those two steps changed. The other results stay valid.
-        now = overview.generations(ctx.records)
+        now = overview.read_generations(ctx.records)
         changed = {uuid for uuid, generation in now.items() if before.get(uuid) != generation}
         if settled:
             # Those steps may have taken long. Look again at each sandbox that is about to be repaired.
@@ -171,11 +171,11 @@ def finish_own_files(ctx: Context) -> list[Drift]:
     (reason ``snippet``). It cannot remove the file. This pass looks at no other sandbox, so it needs no lead.
     """
     ctx.records.in_pass = True
-    waiting = overview.waiting_for_snippet(ctx.records, holders.host())
+    waiting = overview.list_waiting_for_snippet(ctx.records, holders.read_host_name())
     if not waiting:
         return []
     drifts = _finish_interrupted(ctx, {sandbox.uuid for sandbox in waiting})
-    remaining = overview.waiting_for_snippet(ctx.records, holders.host())
+    remaining = overview.list_waiting_for_snippet(ctx.records, holders.read_host_name())
     if not remaining:
         return drifts
     differences, _unrecorded_vms = _survey(ctx, remaining, address.Looks(ctx, remaining), None, unrecorded=False)
@@ -274,7 +274,7 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
         if pause_reason:
             return []
         now = ctx.clock.now()
-        over = overview.over(ctx.records, now)
+        over = overview.list_expired(ctx.records, now)
         drifts = [
             Drift(
                 "lease_expired",
@@ -343,7 +343,7 @@ def _finish_interrupted(ctx: Context, only: set[str] | None = None) -> list[Drif
     """
     drifts = []
     overview.drop_dead_claims(ctx.records)
-    for entry, sandbox in ctx.records.interrupted_sandboxes():
+    for entry, sandbox in ctx.records.list_interrupted_sandboxes():
         if only is not None and sandbox.uuid not in only:
             continue
         drift = Drift("interrupted", "", {"operation": entry.kind, "phase": entry.phase, "actor": entry.actor}, sandbox)
@@ -397,7 +397,7 @@ def _finish_destroy(ctx: Context, entry: JournalEntry, sandbox: Sandbox, drift: 
                     claim, current, "destroy", outcome="interrupted", reason=entry.phase, finish=creation is None
                 )
                 if creation is not None:
-                    ctx.records.journal(claim, "create", creation.phase, creation.detail_put_back())
+                    ctx.records.write_journal(claim, "create", creation.phase, creation.format_detail_put_back())
             drift.applied = True
             return
     outcome = destroy.run(ctx, [(sandbox, request)])[0]
@@ -698,7 +698,7 @@ def _find_unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[S
 
     A VM of another database is left out, unless it is inside our own vmid_range.
     """
-    database = ctx.records.database_id()
+    database = ctx.records.read_database_id()
     known = {sandbox.vmid for sandbox in live}
     suspects = [
         (vmid, row)
@@ -720,7 +720,7 @@ def _find_unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[S
             # The other database has its record. Inside our range no other VM is expected, and our records may be lost.
             return None
         try:
-            now = ctx.records.live_by_vmid(vmid)
+            now = ctx.records.find_live_by_vmid(vmid)
         except DamagedRecord:
             # The VM has a record, which is damaged and reported elsewhere.
             return None

@@ -153,7 +153,7 @@ class Cluster:
         with self._lock:
             if self._confirmed:
                 return
-            text = self._records.meta("cluster")
+            text = self._records.read_meta("cluster")
             try:
                 known = json.loads(text) if text else None
                 sound = known is None or {"authority", "name", "nodes"} <= set(known)

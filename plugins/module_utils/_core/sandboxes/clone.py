@@ -49,7 +49,7 @@ class Creation:
 
     def journal(self, phase: str) -> None:
         """Write the next phase to the journal."""
-        self.ctx.records.journal(self.claim, "create", phase, self.note.detail())
+        self.ctx.records.write_journal(self.claim, "create", phase, self.note.format_detail())
 
 
 def note_request(note: CreationNote, ctx: Context, spec: Spec, template: templates.Template, node: str | None) -> None:
@@ -244,7 +244,7 @@ def _send_clone(creation: Creation) -> str:
                 "template_name": note.template_name,
                 "options": update.select_remembered(spec),
             },
-            journal=(journal.CLONING, note.detail()),
+            journal=(journal.CLONING, note.format_detail()),
         )
     else:
         creation.journal(journal.CLONING)
@@ -284,7 +284,7 @@ def _post_clone(creation: Creation) -> Any:
         newid=sandbox.vmid,
         name=sandbox.name,
         description=identity.described(
-            {"description": identity.marker(sandbox.uuid, ctx.records.database_id())}, spec.description or ""
+            {"description": identity.marker(sandbox.uuid, ctx.records.read_database_id())}, spec.description or ""
         ),
         pool=spec.pool or ctx.config.pool,
         storage=note.storage,

@@ -53,8 +53,8 @@ def find_existing(ctx: Context, spec: Spec) -> Sandbox | None:
 
     Raises InvalidInput when VMID and name belong to different sandboxes.
     """
-    by_vmid = ctx.records.live_by_vmid(spec.vmid) if spec.vmid is not None else None
-    by_name = ctx.records.live_by_name(spec.name) if spec.name is not None else None
+    by_vmid = ctx.records.find_live_by_vmid(spec.vmid) if spec.vmid is not None else None
+    by_name = ctx.records.find_live_by_name(spec.name) if spec.name is not None else None
     if spec.vmid is not None and spec.name is not None:
         if by_vmid and by_vmid.name != spec.name:
             raise InvalidInput(
@@ -128,7 +128,7 @@ def _update_existing(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
 
 def _is_almost_done(ctx: Context, sandbox: Sandbox) -> bool:
     """Return whether the sandbox is READY only because its creation was killed before the last step."""
-    unfinished = ctx.records.under_way(sandbox.uuid) if sandbox.state == states.READY else None
+    unfinished = ctx.records.find_journal_entry(sandbox.uuid) if sandbox.state == states.READY else None
     return unfinished is not None and unfinished.kind == "create"
 
 
@@ -260,13 +260,13 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
             chosen = cast(templates.Template, choice.template)
             clone.note_request(note, ctx, spec, chosen, sandbox.node)
             note.chosen = True
-            journal.update(note.detail())
+            journal.update(note.format_detail())
 
         claim = choice.reserve_node(sandbox, write, note_choice)
     else:
         named = cast(templates.Template, template)
         clone.note_request(note, ctx, spec, named, node)
-        journal.update(note.detail())
+        journal.update(note.format_detail())
         claim = write(place.make_fixed_place(ctx, spec, named, str(node)))
     decision = choice.decision if choice is not None else None
     if ctx.dry_run:
@@ -413,7 +413,7 @@ def _take_steps(creation: Creation) -> Outcome:
             to=states.BOOTING,
             reason="cloned",
             upids=creation.upids,
-            journal=(CONFIGURING, creation.note.detail()),
+            journal=(CONFIGURING, creation.note.format_detail()),
         )
     located = _configure_vm(creation, cloned or require_match(ctx, creation.sandbox))
     if disk is not None:
@@ -434,7 +434,7 @@ def _take_steps(creation: Creation) -> Outcome:
         to=states.READY,
         reason="started",
         upids=upids,
-        journal=(STARTED, creation.note.detail()),
+        journal=(STARTED, creation.note.format_detail()),
     )
     took = int((ctx.clock.monotonic() - began) * 1000)
     creation.sandbox = ctx.records.change(
@@ -508,7 +508,7 @@ def _await_ip(creation: Creation, located: Located) -> Sandbox:
         ip_seen_at=ctx.clock.now(),
         reason="address",
         evidence={"ip": ip},
-        journal=(CONFIGURING, creation.note.detail()),
+        journal=(CONFIGURING, creation.note.format_detail()),
     )
 
 

@@ -45,7 +45,7 @@ def plan(ctx: Context, sandbox: Sandbox, *, force: bool = True) -> Plan:
 
     Raises Kept for a sandbox that would be kept, and StateConflict for a running VM without force.
     """
-    unfinished = ctx.records.under_way(sandbox.uuid)
+    unfinished = ctx.records.find_journal_entry(sandbox.uuid)
     created = unfinished.creation if unfinished else None
     if was_never_cloned(sandbox, created):
         return Plan(False, "never_created", "no clone of ours was ever made for it")
@@ -176,7 +176,7 @@ def _read_current(ctx: Context, sandbox: Sandbox) -> Sandbox:
 def _close_records(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> list[Outcome]:
     """Close the records of all VMs proven to be gone, in one transaction and without a request to Proxmox."""
     try:
-        with ctx.database.together():
+        with ctx.database.group_writes():
             return _close_together(ctx, proven, proofs)
     except AgentlabError as error:
         for gone in proven:

@@ -43,7 +43,7 @@ def renew(
     for _attempt in range(5):
         now = ctx.clock.now()
         states.check("renew_lease", sandbox.state)
-        under_way = ctx.records.under_way(sandbox.uuid)
+        under_way = ctx.records.find_journal_entry(sandbox.uuid)
         if under_way is not None and under_way.kind == "destroy":
             # Refuse even when nothing would be written: "unchanged" would promise a lease to a dying VM.
             raise Kept(
@@ -133,10 +133,10 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
     if result.suspended:
         return result
     now = ctx.clock.now()
-    due = overview.over(ctx.records, now)
+    due = overview.list_expired(ctx.records, now)
     moved: list[Sandbox] = []
     # One commit serves all records. Without due records no transaction is opened, so other writers do not wait.
-    with ctx.database.together() if due and not ctx.dry_run else contextlib.nullcontext():
+    with ctx.database.group_writes() if due and not ctx.dry_run else contextlib.nullcontext():
         ended: list[Sandbox] = []
         for sandbox in due:
             if is_kept_alive(ctx, sandbox, now):
@@ -219,7 +219,7 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
             # Keep the journal of an interrupted destroy, so that the destroy can be finished.
             other = claim.interrupted is not None and claim.interrupted.kind == "destroy"
             if not other:
-                ctx.records.journal(claim, "stop", REQUESTED, {"node": located.node})
+                ctx.records.write_journal(claim, "stop", REQUESTED, {"node": located.node})
             upids, _warnings = power.stop(ctx, current, located, hard=False)
             ctx.records.change(claim, current, "stop", upids=upids, reason="lease_expired", finish=not other)
             return None

@@ -81,7 +81,7 @@ class NodeChoice:
         self._looked_at: dict[str, templates.Template] = {}
         self._wish = self._make_wish(read)
         young = {vmid: vm for vmid, vm in read.running.items() if vm.uptime < self._rules.settle}
-        ours = placements.own(ctx.records, young)
+        ours = placements.find_own_vmids(ctx.records, young)
         self._young = {vmid: vm for vmid, vm in young.items() if vmid in ours}
 
     # ---- facts about each node that need no request of their own ----
@@ -235,7 +235,7 @@ class NodeChoice:
             disk = self._wish.disk if node.disk is None else node.disk
             return Reservation(0, name, self._wish.memory, node.storage or self._wish.storage, disk)
 
-        place = placements.reserve(
+        place = placements.prepare_reservation(
             self._ctx.records,
             self._rules.settle,
             self._rules.anti_affinity,
@@ -294,7 +294,9 @@ def make_fixed_place(
         _compute_disk_bytes(spec, int(vm_config.convert_to_kib(size) * _KIB) if size else 0) if full or storage else 0
     )
     reservation = Reservation(0, node, memory, storage or own, needed)
-    return placements.reserve(ctx.records, ctx.config.placement.settle, None, None, (), lambda _load: reservation)
+    return placements.prepare_reservation(
+        ctx.records, ctx.config.placement.settle, None, None, (), lambda _load: reservation
+    )
 
 
 def _list_bridges(spec: Spec, config: Mapping[str, Any]) -> frozenset[str]:

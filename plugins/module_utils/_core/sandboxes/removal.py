@@ -279,7 +279,7 @@ class Removal:
             self._ctx.client.awaits_tasks
             and not self._stopped
             and str((self._ctx.cluster.find(self._sandbox.vmid) or {}).get("status")) == "stopped"
-            and workspace_disk.records(self._ctx).of_sandbox(self._sandbox.uuid) is None
+            and workspace_disk.records(self._ctx).find_of_sandbox(self._sandbox.uuid) is None
         )
 
     def _refuse_running(self, located: Located) -> Next:
@@ -309,7 +309,7 @@ class Removal:
             return Next.GO_ON
         if (
             str(located.row.get("status")) == "stopped"
-            and workspace_disk.records(self._ctx).of_sandbox(self._sandbox.uuid) is None
+            and workspace_disk.records(self._ctx).find_of_sandbox(self._sandbox.uuid) is None
         ):
             return Next.GO_ON
         self._write_journal(STOPPING)
@@ -336,7 +336,7 @@ class Removal:
         Returns LOOK_AGAIN after a workspace was taken off. Raises Kept for a VM that names another one.
         """
         ctx = self._ctx
-        own = workspace_disk.records(ctx).of_sandbox(self._sandbox.uuid)
+        own = workspace_disk.records(ctx).find_of_sandbox(self._sandbox.uuid)
         if own is not None:
             # Protecting the sandbox from here on is too late: it would be kept without its workspace.
             self._write_journal(DETACHING, unprotected=True)
@@ -360,8 +360,8 @@ class Removal:
         Both requests share one place among the requests in flight, so no other request of ours comes between them.
         """
         ctx = self._ctx
-        ctx.records.journal(
-            self._claim, "destroy", DELETING, self._note.detail(), unprotected=not self._request.clean_up
+        ctx.records.write_journal(
+            self._claim, "destroy", DELETING, self._note.format_detail(), unprotected=not self._request.clean_up
         )
         with ctx.client.reserve_place(located.path):
             try:
@@ -373,7 +373,7 @@ class Removal:
             else:
                 # We send a new delete: doubt_window starts again now.
                 again = replace(self._note, since=ctx.clock.now())
-                ctx.records.journal(self._claim, "destroy", DELETING, again.detail())
+                ctx.records.write_journal(self._claim, "destroy", DELETING, again.format_detail())
             try:
                 # ``purge`` takes the VM out of backup jobs, replication and HA. Volumes that its configuration does not
                 # name stay: ``destroy-unreferenced-disks`` is not sent.
@@ -394,7 +394,7 @@ class Removal:
         ctx = self._ctx
         self._upids.append(upid)
         sent = replace(self._note, upid=upid, since=ctx.clock.now())
-        ctx.records.journal(self._claim, "destroy", WAITING, sent.detail())
+        ctx.records.write_journal(self._claim, "destroy", WAITING, sent.format_detail())
         try:
             self._warnings += ctx.tasks.wait(upid, f"delete VM {self._sandbox.vmid}", ctx.wait_timeout)
         except TaskFailed as error:
@@ -447,7 +447,9 @@ class Removal:
     def _note_failed_delete(self) -> None:
         """Record that this run's delete was not carried out. The delete of a killed run may still be running."""
         if self._pending is not None and self._pending.entry is not None:
-            self._ctx.records.journal(self._claim, "destroy", self._pending.entry.phase, self._note.detail())
+            self._ctx.records.write_journal(
+                self._claim, "destroy", self._pending.entry.phase, self._note.format_detail()
+            )
         else:
             self._pending = None
 
@@ -481,11 +483,11 @@ class Removal:
 
         While a killed run's delete may be carried out, keep that run's phase instead.
         """
-        self._ctx.records.journal(
+        self._ctx.records.write_journal(
             self._claim,
             "destroy",
             self._pending.entry.phase if self._pending and self._pending.entry else phase,
-            self._note.detail(),
+            self._note.format_detail(),
             unprotected=unprotected and not self._request.clean_up,
         )
 
@@ -614,7 +616,7 @@ def abandon_removal(
             )
         if creation is not None:
             # Put the creation's journal back, so that the creation resumes and repeats no finished step.
-            ctx.records.journal(claim, "create", creation.phase, creation.detail_put_back())
+            ctx.records.write_journal(claim, "create", creation.phase, creation.format_detail_put_back())
     except (StoreError, ClaimLost):
         pass
     finally:

@@ -76,7 +76,7 @@ def find_differences(ctx: Context, sandbox: Sandbox, spec: Spec) -> dict[str, tu
     if not requested:
         return {}
     had: dict[str, Any] = {}
-    for evidence in history.evidence(ctx.database, sandbox.uuid, _REASONS):
+    for evidence in history.read_evidence(ctx.database, sandbox.uuid, _REASONS):
         had.update(evidence.get("options") or {})
     # Sandboxes of earlier releases stored no options. Then only the columns of the record can be compared.
     known = bool(had)
@@ -99,7 +99,7 @@ def _means_the_same(ctx: Context, sandbox: Sandbox, name: str, was: Any, value: 
         return bool(value in (sandbox.node, AUTO))
     if name == "template":
         # The template may be given by VMID or by name.
-        last = next(iter(history.evidence(ctx.database, sandbox.uuid, ("clone",))), {})
+        last = next(iter(history.read_evidence(ctx.database, sandbox.uuid, ("clone",))), {})
         return str(value) == str(last.get("template")) or str(value) == str(last.get("template_name"))
     if name == "workspace" and sandbox.workspace_id is not None:
         try:

@@ -17,14 +17,14 @@ FROZEN = "cleanup_frozen"
 
 def read_freeze(records: Records) -> dict[str, Any] | None:
     """Return why, since when and by whom cleanup is frozen, and whether leases rest too; None while it is not."""
-    text = records.meta(FROZEN)
+    text = records.read_meta(FROZEN)
     if not text:
         return None
     try:
         note = json.loads(text)
         return {**{name: str(note[name]) for name in ("reason", "at", "actor")}, "leases": bool(note.get("leases"))}
     except (ValueError, TypeError, KeyError, AttributeError):
-        # Somebody froze it: it stays so, whatever became of the reason.
+        # A person or a pass froze cleanup. Cleanup stays frozen although the reason is lost.
         return {
             "reason": f"its reason cannot be read (meta.value of key {FROZEN} is damaged)",
             "at": None,
@@ -33,9 +33,9 @@ def read_freeze(records: Records) -> dict[str, Any] | None:
         }
 
 
-def hold_older_copy(records: Records, event: int, noted_event: int) -> None:
+def freeze_for_older_copy(records: Records, event: int, noted_event: int) -> None:
     """Freeze cleanup and leases, because the newest event is older than the one noted before (ids of events)."""
-    _hold(
+    _write_freeze(
         records,
         f"the records were replaced by an older copy (its last event is {event}, {noted_event} was the last one "
         "before)",
@@ -43,13 +43,16 @@ def hold_older_copy(records: Records, event: int, noted_event: int) -> None:
     records.db.note_event(event)
 
 
-def hold_lost_commits(records: Records) -> None:
+def freeze_for_lost_commits(records: Records) -> None:
     """Freeze cleanup and leases, because the database server lost commits of this process."""
-    _hold(records, "the server lost commits that it had confirmed, as after a failover to an asynchronous standby")
+    _write_freeze(
+        records, "the server lost commits that it had confirmed, as after a failover to an asynchronous standby"
+    )
     records.db.forget_lost_commits()
 
 
-def _hold(records: Records, reason: str) -> None:
+def _write_freeze(records: Records, reason: str) -> None:
+    """Write the note of a freeze that also holds leases. The reason of an earlier freeze stays in front."""
     known = read_freeze(records)
     if known:
         reason = f"{known['reason']}; and {reason}"
@@ -58,11 +61,11 @@ def _hold(records: Records, reason: str) -> None:
     records.set_meta(FROZEN, json.dumps(note))
 
 
-def notice_older_copy(records: Records) -> None:
-    """Hold all leases if the records that were just opened are an older copy.
+def detect_older_copy(records: Records) -> None:
+    """Freeze cleanup and leases if the records that were just opened are an older copy.
 
-    Before the first event of this run: after some events an older copy looks as new as what it replaced.
+    Call this before the first event of a run. After some events an older copy looks as new as the replaced records.
     """
-    noted_event = records.db.noted_event()
-    if noted_event and (event := records.db.latest_event()) < noted_event:
-        hold_older_copy(records, event, noted_event)
+    noted_event = records.db.read_noted_event()
+    if noted_event and (event := records.db.read_latest_event()) < noted_event:
+        freeze_for_older_copy(records, event, noted_event)

@@ -43,7 +43,7 @@ class GroupCommit:
         """Run these writes in one transaction and set their values and errors. Raises when nothing was written."""
         raise NotImplementedError
 
-    def interrupted(self) -> Exception:
+    def make_interruption_error(self) -> Exception:
         """Return the engine's error for a transaction that ended before its commit."""
         raise NotImplementedError
 
@@ -61,13 +61,13 @@ class GroupCommit:
             self._withdraw(job)
             raise
         if not job.finished:
-            self._lead()
+            self._commit_queue()
         if job.error is not None:
             raise job.error
         value: T = job.value
         return value
 
-    def _lead(self) -> None:
+    def _commit_queue(self) -> None:
         """Commit all queued writes, then let the next waiting thread commit those that arrived meanwhile."""
         batch: list[QueuedWrite] = []
         try:
@@ -77,11 +77,12 @@ class GroupCommit:
                 self._commit(batch)
         finally:
             with self._queue_lock:
-                self._pass_on()
+                self._pass_lead_on()
             for job in batch:
                 job.turn.set()
 
-    def _pass_on(self) -> None:
+    def _pass_lead_on(self) -> None:
+        """Wake the first waiting thread, which commits the queue next. The queue's lock is held."""
         self._led = bool(self._queue)
         if self._queue:
             self._queue[0].turn.set()
@@ -92,14 +93,15 @@ class GroupCommit:
             if job in self._queue:
                 self._queue.remove(job)
                 if job.turn.is_set():
-                    self._pass_on()
+                    self._pass_lead_on()
 
     def _commit(self, batch: list[QueuedWrite]) -> None:
+        """Run the batch, and mark each of its writes as finished, with an error if the transaction failed."""
         try:
             self.run_batch(batch)
         except BaseException as error:
-            # Also when this thread is interrupted: the other threads must not take a rolled back write for written.
-            shared_error = error if isinstance(error, Exception) else self.interrupted()
+            # An interrupt of this thread counts as well: other threads must not take a rolled back write for written.
+            shared_error = error if isinstance(error, Exception) else self.make_interruption_error()
             for job in batch:
                 job.error = job.error or shared_error
             if shared_error is not error:

@@ -12,7 +12,7 @@ from .port import Connection, Engine, Row
 from .records import Records
 
 
-def events(
+def read_events(
     database: Engine,
     *,
     uuid: str | None = None,
@@ -42,7 +42,7 @@ def events(
     return selected[::-1] if tail is not None else selected
 
 
-def owners(database: Engine) -> dict[str, str]:
+def read_owners(database: Engine) -> dict[str, str]:
     """Return the creator of each live sandbox, as {UUID: actor of its first event ``create``}."""
     rows = database.read(
         "SELECT s.uuid, e.actor FROM sandboxes s JOIN events e ON e.id = "
@@ -62,7 +62,7 @@ def parse_json(row: Row, table: str, column: str, kind: type = dict) -> Any:
     return {"damaged": f"{table}.{column} of id {row['id']} is not JSON"} if kind is dict else []
 
 
-def evidence(database: Engine, uuid: str, reasons: tuple[str, ...]) -> list[dict[str, Any]]:
+def read_evidence(database: Engine, uuid: str, reasons: tuple[str, ...]) -> list[dict[str, Any]]:
     """Return the evidence of a sandbox's events with one of these reasons, oldest first."""
     places = ", ".join("?" for _reason in reasons)
     rows = database.read(
@@ -71,7 +71,7 @@ def evidence(database: Engine, uuid: str, reasons: tuple[str, ...]) -> list[dict
     return [parse_json(row, "events", "evidence") for row in rows]
 
 
-def forgettable(records: Records, older_than: int) -> int:
+def count_forgettable(records: Records, older_than: int) -> int:
     """Return how many records ``forget`` would remove. ``older_than`` is in seconds."""
     count: int = records.db.read(
         "SELECT count(*) FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ?",

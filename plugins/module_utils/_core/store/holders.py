@@ -17,7 +17,8 @@ import socket
 import time
 
 
-def _read(path: str) -> str:
+def _read_text(path: str) -> str:
+    """Return the text of a file; "" when it cannot be read."""
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             return file.read()
@@ -25,38 +26,39 @@ def _read(path: str) -> str:
         return ""
 
 
-def _started(pid: int) -> str:
+def _read_start_time(pid: int) -> str:
+    """Return the start time of a process in a form that is only compared."""
     # Field 22 of /proc/PID/stat is the start time. The command in field 2 may contain blanks and brackets.
-    return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()[19:20].__str__()
+    return _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[19:20].__str__()
 
 
 @functools.lru_cache(1)
-def machine() -> str:
+def read_machine_id() -> str:
     """Return an id of this machine that survives reboots, or "" without one.
 
     systemd advises to keep /etc/machine-id secret, so the id is derived from it. In an image that was not booted yet
     the file is empty or says "uninitialized", as in every other container of that image.
     """
-    number = _read("/etc/machine-id").strip()
+    number = _read_text("/etc/machine-id").strip()
     known = re.fullmatch("[0-9a-f]{32}", number) and number.strip("0")
     return hashlib.sha256(f"agentlab {number}".encode()).hexdigest()[:16] if known else ""
 
 
-def host() -> str:
+def read_host_name() -> str:
     """Return the name by which this host marks its own claims.
 
     The name combines host name and machine id: two hosts may share a name, and two machines from one image may share an
     id.
     """
-    return f"{socket.gethostname()}/{machine()}"
+    return f"{socket.gethostname()}/{read_machine_id()}"
 
 
-def identity() -> str:
+def describe_process() -> str:
     """Return the identity of this process as JSON.
 
-    No other process has it, before or after, on this or another host.
+    The identity is unique: no other process on any host has it at any time.
     """
-    boot = _read("/proc/sys/kernel/random/boot_id").strip()
+    boot = _read_text("/proc/sys/kernel/random/boot_id").strip()
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -65,11 +67,11 @@ def identity() -> str:
     return json.dumps(
         {
             "host": socket.gethostname(),
-            "machine": machine(),
+            "machine": read_machine_id(),
             "boot": boot,
             "ns": namespace,
             "pid": pid,
-            "started": _started(pid),
+            "started": _read_start_time(pid),
         }
     )
 
@@ -82,7 +84,7 @@ def is_over(process: str, expires_at: int, now: int, since_boot: float) -> bool:
     """
     try:
         holder = json.loads(process)
-        if holder["boot"] and holder["boot"] == json.loads(identity())["boot"]:
+        if holder["boot"] and holder["boot"] == json.loads(describe_process())["boot"]:
             return float(holder["until"]) <= since_boot
     except (ValueError, KeyError, TypeError):
         pass
@@ -90,7 +92,7 @@ def is_over(process: str, expires_at: int, now: int, since_boot: float) -> bool:
     return isinstance(expires_at, int) and expires_at <= now
 
 
-def _of_an_earlier_boot(holder: dict[str, object], own_process: dict[str, object]) -> bool:
+def _is_of_an_earlier_boot(holder: dict[str, object], own_process: dict[str, object]) -> bool:
     """Return whether a holder is from an earlier boot of this machine, and not from another machine of the same name.
 
     The machine id must be the same, and the claim must have been written before this boot. Both are needed, because
@@ -112,15 +114,15 @@ def is_dead(process: str) -> bool:
     """
     try:
         holder = json.loads(process)
-        own_process = json.loads(identity())
+        own_process = json.loads(describe_process())
         if not holder["boot"] or holder["host"] != own_process["host"]:
             return False
         if holder["boot"] != own_process["boot"]:
-            return _of_an_earlier_boot(holder, own_process)
+            return _is_of_an_earlier_boot(holder, own_process)
         if holder["ns"] != own_process["ns"]:
             return False
         pid = int(holder["pid"])
-        if not _read(f"/proc/{pid}/stat"):
+        if not _read_text(f"/proc/{pid}/stat"):
             # An unreadable file proves nothing: /proc may hide other users' processes.
             try:
                 os.kill(pid, 0)
@@ -129,6 +131,6 @@ def is_dead(process: str) -> bool:
             except OSError:
                 return False
             return False
-        return bool(_started(pid) != holder["started"])
+        return bool(_read_start_time(pid) != holder["started"])
     except (ValueError, KeyError, TypeError):
         return False

@@ -119,7 +119,7 @@ class CreationNote:
             at=at,
         )
 
-    def detail(self) -> dict[str, Any]:
+    def format_detail(self) -> dict[str, Any]:
         """Return the note as the detail of an entry, without phase and time."""
         detail: dict[str, Any] = {
             "template": self.template,
@@ -133,9 +133,9 @@ class CreationNote:
         detail.update({name: value for name, value in present.items() if value})
         return detail
 
-    def detail_put_back(self) -> dict[str, Any]:
+    def format_detail_put_back(self) -> dict[str, Any]:
         """Return the note as the detail of an entry that takes the place of a destroy, with the creation's own time."""
-        return {**self.detail(), "at": self.at}
+        return {**self.format_detail(), "at": self.at}
 
     @property
     def clone_sent(self) -> bool:
@@ -170,11 +170,11 @@ class DestroyNote:
             since=detail.get("since"),
         )
 
-    def detail(self) -> dict[str, Any]:
+    def format_detail(self) -> dict[str, Any]:
         """Return the note as the detail of an entry."""
         detail: dict[str, Any] = {"operation": self.operation, "force": self.force}
         if self.creation is not None:
-            detail["create"] = {**self.creation.detail(), "phase": self.creation.phase, "at": self.creation.at}
+            detail["create"] = {**self.creation.format_detail(), "phase": self.creation.phase, "at": self.creation.at}
         if self.upid is not None:
             detail["upid"] = self.upid
         if self.since is not None:
@@ -202,7 +202,7 @@ class JournalEntry:
         except (ValueError, TypeError):
             detail = None
         wrong: str | None = None if isinstance(detail, dict) else "a JSON object"
-        wrong = wrong or _wrong_detail(detail) or _wrong_detail(detail.get("create") or {})
+        wrong = wrong or _describe_wrong_detail(detail) or _describe_wrong_detail(detail.get("create") or {})
         if wrong:
             raise DamagedRecord("operations", f"sandbox_uuid {row['sandbox_uuid']}", "detail", wrong)
         for name in ("started_at", "updated_at"):
@@ -231,7 +231,7 @@ class JournalEntry:
         return self.kind == "destroy" and self.phase in POINT_OF_NO_RETURN
 
 
-def _wrong_detail(detail: dict[str, Any]) -> str | None:
+def _describe_wrong_detail(detail: dict[str, Any]) -> str | None:
     """Return what is wrong with an entry's detail, or None for a valid one."""
     for name, (kind, valid) in _DETAIL_KINDS.items():
         if name in detail and (detail[name] is not None or kind is int) and not isinstance(detail[name], kind):

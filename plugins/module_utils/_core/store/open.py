@@ -25,7 +25,7 @@ def open_database(
     return Database(address.text, group_mode=group_mode, dry_run=dry_run)
 
 
-def sqlite_version() -> str:
+def read_sqlite_version() -> str:
     """Return the version of this host's SQLite library."""
     from .sqlite import engine
 

@@ -11,18 +11,18 @@ from __future__ import annotations
 from .. import states
 from ..model import Sandbox
 from .port import Connection
-from .records import LIVE, SELECT, Records, sound_sandbox
+from .records import LIVE, SELECT, Records, read_sound_sandbox
 
 
-def over(records: Records, now: int) -> list[Sandbox]:
+def list_expired(records: Records, now: int) -> list[Sandbox]:
     """Return the live sandboxes whose lease is over. ``now`` is in seconds since the epoch."""
     rows = records.db.read_as(
-        sound_sandbox, f"{SELECT} WHERE {LIVE} AND lease_expires_at <= ? ORDER BY lease_expires_at", now
+        read_sound_sandbox, f"{SELECT} WHERE {LIVE} AND lease_expires_at <= ? ORDER BY lease_expires_at", now
     )
     return [sandbox for sandbox in rows if sandbox is not None and sandbox.expired(now)]
 
 
-def next_lease_end(records: Records) -> int | None:
+def read_next_lease_end(records: Records) -> int | None:
     """Return when the next lease ends, in seconds since the epoch (possibly in the past); None without live leases."""
     names = states.OPERATIONS["expire"].allowed
     rows = records.db.read(
@@ -33,7 +33,7 @@ def next_lease_end(records: Records) -> int | None:
     return end if isinstance(end, int) else None
 
 
-def by_state(records: Records) -> dict[str, int]:
+def count_by_state(records: Records) -> dict[str, int]:
     """Return the number of records in each state. Reads only indexes."""
     counts = dict.fromkeys(states.STATES, 0)
     counts.update(
@@ -44,38 +44,39 @@ def by_state(records: Records) -> dict[str, int]:
     return counts
 
 
-def generations(records: Records) -> dict[str, int]:
+def read_generations(records: Records) -> dict[str, int]:
     """Return the generation of each live sandbox by UUID. A changed generation shows a write since an earlier read."""
     return dict(records.db.read_as(tuple, f"SELECT uuid, generation FROM sandboxes WHERE {LIVE}"))
 
 
-def waiting_for_snippet(records: Records, host: str) -> list[Sandbox]:
-    """Return the live sandboxes with a snippet on that host whose operation was interrupted or kept for the snippet.
+def list_waiting_for_snippet(records: Records, host: str) -> list[Sandbox]:
+    """Return the live sandboxes whose snippet on that host keeps their record open.
 
-    A run on another host could not remove the file, so only that host can close the record.
+    A killed run left the snippet, or a run on another host could not remove the file. Only that host can close the
+    record.
     """
     rows = records.db.read_as(
-        sound_sandbox, f"{SELECT} WHERE {LIVE} AND snippet IS NOT NULL AND snippet_host = ? ORDER BY vmid", host
+        read_sound_sandbox, f"{SELECT} WHERE {LIVE} AND snippet IS NOT NULL AND snippet_host = ? ORDER BY vmid", host
     )
     sandboxes = [sandbox for sandbox in rows if sandbox is not None]
     if not sandboxes:
         return []
     kept = "SELECT 1 FROM events WHERE sandbox_uuid = ? AND reason = 'snippet' AND outcome = 'kept' LIMIT 1"
-    interrupted = {entry.sandbox_uuid for entry in records.interrupted()}
+    interrupted = {entry.sandbox_uuid for entry in records.list_interrupted()}
     return [sandbox for sandbox in sandboxes if sandbox.uuid in interrupted or records.db.read(kept, sandbox.uuid)]
 
 
 def drop_dead_claims(records: Records) -> None:
     """Remove the claims of holders that are gone: dead processes, ended heartbeats. Their journal entries stay.
 
-    On PostgreSQL a claim with a journal entry stays too (``Records.abandoned_claims``).
+    On PostgreSQL a claim with a journal entry stays too (``Records.list_abandoned_claims``).
     """
-    if not records.abandoned_claims():
+    if not records.list_abandoned_claims():
         return
 
     def work(conn: Connection) -> None:
-        # Judge again: while this write waited for its turn, a holder that was cut off may have come back.
-        dead = records.abandoned_claims(lambda sql, values: conn.execute(sql, values).fetchall())
+        # Check the holders again: a holder that was cut off may have come back while this write waited for its turn.
+        dead = records.list_abandoned_claims(lambda sql, values: conn.execute(sql, values).fetchall())
         if dead:
             conn.executemany("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", dead)
 

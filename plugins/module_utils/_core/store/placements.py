@@ -23,7 +23,7 @@ _RUNNING = (states.READY, states.RUNNING, states.COMPLETED)
 _CHUNK = 500
 
 
-def own(records: Records, vmids: Collection[int]) -> set[int]:
+def find_own_vmids(records: Records, vmids: Collection[int]) -> set[int]:
     """Return those VMIDs that belong to live sandboxes of these records."""
     sorted_vmids = sorted(vmids)
     own_vmids: set[int] = set()
@@ -40,14 +40,13 @@ def own(records: Records, vmids: Collection[int]) -> set[int]:
 def read_load(
     records: Records, settle: int, affinity: str | None = None, profile: str | None = None, tags: Iterable[str] = ()
 ) -> Load:
-    """Return what the records know about each node.
-
+    """Return the number of sandboxes on each node, and the reservations that count now.
     ``settle`` is in seconds. ``affinity``, ``profile`` and ``tags`` select the sandboxes that anti-affinity counts.
     """
-    return _load(records, records.db.read, settle, affinity, profile, frozenset(tags))
+    return _query_load(records, records.db.read, settle, affinity, profile, frozenset(tags))
 
 
-def reserve(
+def prepare_reservation(
     records: Records,
     settle: int,
     affinity: str | None,
@@ -64,7 +63,7 @@ def reserve(
     wanted_tags = frozenset(tags)
 
     def work(conn: Connection) -> Callable[[Connection, str], None]:
-        load = _load(
+        load = _query_load(
             records,
             lambda query, *values: conn.execute(query, values).fetchall(),
             settle,
@@ -87,7 +86,7 @@ def reserve(
     return work
 
 
-def _load(
+def _query_load(
     records: Records,
     read: Callable[..., Iterable[Any]],
     settle: int,
@@ -95,6 +94,7 @@ def _load(
     profile: str | None,
     tags: frozenset[str],
 ) -> Load:
+    """Return the load, read with ``read`` (query, values) on the caller's connection."""
     now = records.clock.now()
 
     def ask(query: str, values: Sequence[Any]) -> list[Any]:
@@ -117,7 +117,7 @@ def _load(
         creating = row["state"] in states.CREATING
         young = row["at"] > now - settle
         if creating:
-            counts = young if row["process"] is None else not records._given_up(row, ask)
+            counts = young if row["process"] is None else not records.is_holder_gone(row, ask)
         else:
             counts = young and row["state"] in _RUNNING
         if counts:
@@ -126,10 +126,10 @@ def _load(
                     row["vmid"], str(row["node"]), int(row["memory"]), row["storage"], int(row["disk"]), creating
                 )
             )
-    return Load(sandboxes, _same(read, affinity, profile, tags), tuple(reservations))
+    return Load(sandboxes, _count_same_kind(read, affinity, profile, tags), tuple(reservations))
 
 
-def _same(
+def _count_same_kind(
     read: Callable[..., Iterable[Any]], affinity: str | None, profile: str | None, tags: frozenset[str]
 ) -> dict[str, int]:
     """Return how many sandboxes of the same kind each node has; empty without anti-affinity."""

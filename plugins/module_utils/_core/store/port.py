@@ -79,13 +79,13 @@ class Engine(Protocol):
     # Whether this process created or updated the tables when it opened the records.
     migrated: bool
 
-    def clock(self, own: Clock) -> Clock:
+    def choose_clock(self, own: Clock) -> Clock:
         """Return the clock for leases, ages and heartbeats: this host's own, or the server's."""
 
-    def wall_time(self) -> float:
+    def read_wall_time(self) -> float:
         """Return the wall time of that clock in seconds since the epoch, with fractions."""
 
-    def clock_difference(self) -> float:
+    def read_clock_difference(self) -> float:
         """Return by how many seconds this host's wall clock is ahead of the clock for leases."""
 
     def read(self, sql: str, *values: Any) -> list[Any]:
@@ -101,7 +101,7 @@ class Engine(Protocol):
         records. ``checked``: ``work`` raises only before its first write, so it needs no savepoint.
         """
 
-    def together(self) -> AbstractContextManager[None]:
+    def group_writes(self) -> AbstractContextManager[None]:
         """Group all writes of this thread into one transaction. Report nothing as done until the block has ended."""
 
     def freeze(self) -> AbstractContextManager[None]:
@@ -132,21 +132,21 @@ class Engine(Protocol):
         single host.
         """
 
-    def replaced(self) -> str | None:
+    def explain_replacement(self) -> str | None:
         """Return the error text if the opened database was replaced by another; else None."""
 
-    def lost_commits(self) -> bool:
+    def has_lost_commits(self) -> bool:
         """Return whether the server lacks commits of this process that were confirmed, as after a failover to an
         asynchronous standby. Always False on an engine without a server.
         """
 
     def forget_lost_commits(self) -> None:
-        """Return False from ``lost_commits`` again, because the leases are held."""
+        """Return False from ``has_lost_commits`` again, because the leases are held."""
 
-    def latest_event(self) -> int:
+    def read_latest_event(self) -> int:
         """Return the id of the newest event that these records ever had; 0 without one."""
 
-    def noted_event(self) -> int | None:
+    def read_noted_event(self) -> int | None:
         """Return the newest event id noted beside the records on this host; None on an engine without such a note."""
 
     def note_event(self, event: int) -> None:
@@ -155,7 +155,7 @@ class Engine(Protocol):
     def limit_cache(self, kib: int) -> None:
         """Limit the page cache of each connection to ``kib`` KiB, for a long-lived process."""
 
-    def integrity(self) -> str:
+    def check_integrity(self) -> str:
         """Return ``ok``, or the result of the engine's own check."""
 
     def close(self) -> None:

@@ -38,9 +38,9 @@ _INSERT_EVENT = (
     "INSERT INTO events (at, sandbox_uuid, vmid, from_state, to_state, operation, actor, reason, evidence, upids, "
     "duration_ms, outcome) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
-# Sandboxes in one statement of a bulk change. psycopg keeps prepared what is shorter than 4,096 characters.
+# Sandboxes in one statement of a bulk change. psycopg prepares only statements of less than 4,096 characters.
 _AT_ONCE = 100
-# Outcomes of events about what was not done.
+# Outcomes of events that changed nothing.
 _WITHOUT_EFFECT = ("kept", "failed", "interrupted")
 LIVE = "state <> 'DESTROYED'"
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM sandboxes"
@@ -75,7 +75,7 @@ class Claim:
 
 @dataclass(slots=True)
 class Ending:
-    """The last step of one operation in a bulk change: its claim, and what its event says."""
+    """The last step of one operation in a bulk change: its claim, and the content of its event."""
 
     claim: Claim
     reason: str
@@ -84,10 +84,10 @@ class Ending:
     duration_ms: int | None = None
 
 
-def sound_sandbox(row: Row) -> Sandbox | None:
+def read_sound_sandbox(row: Row) -> Sandbox | None:
     """Return the record in a row, or None for a damaged one.
 
-    Lists skip damaged rows; ``Records.damage`` names them.
+    Lists skip damaged rows; ``Records.list_damage`` names them.
     """
     try:
         return Sandbox.from_row(row)
@@ -95,7 +95,7 @@ def sound_sandbox(row: Row) -> Sandbox | None:
         return None
 
 
-def sound_operations(rows: Iterable[Row]) -> list[JournalEntry]:
+def read_sound_entries(rows: Iterable[Row]) -> list[JournalEntry]:
     """Return the journal entries in these rows, without damaged ones."""
     entries = []
     for row in rows:
@@ -106,21 +106,22 @@ def sound_operations(rows: Iterable[Row]) -> list[JournalEntry]:
     return entries
 
 
-def _json(value: list[Any] | dict[str, Any]) -> str:
-    """Return the value as JSON. Empty values take a short cut, because a bulk run writes thousands of them."""
+def _format_json(value: list[Any] | dict[str, Any]) -> str:
+    """Return the value as JSON. Empty values skip the encoder, because a bulk run writes thousands of them."""
     return json.dumps(value) if value else "{}" if isinstance(value, dict) else "[]"
 
 
 @functools.lru_cache(64)
-def _update(names: tuple[str, ...]) -> str:
+def _make_update(names: tuple[str, ...]) -> str:
+    """Return the statement that sets these columns by compare-and-set on state and generation."""
     return (
         f"UPDATE sandboxes SET {' = ?, '.join(names)} = ?, generation = generation + 1 "
         "WHERE uuid = ? AND state = ? AND generation = ?"
     )
 
 
-def _parts(values: Sequence[str]) -> Iterator[tuple[Sequence[str], str]]:
-    """Return the values in parts for one statement each, with the placeholders of each part."""
+def _split_values(values: Sequence[str]) -> Iterator[tuple[Sequence[str], str]]:
+    """Yield the values in parts, one part for each statement, with the placeholders of the part."""
     for begin in range(0, len(values), _AT_ONCE):
         part = values[begin : begin + _AT_ONCE]
         yield part, ", ".join("?" * len(part))
@@ -141,32 +142,33 @@ class Records:
         self.db = database
         self.clock = clock
         self.actor = actor
-        self._process = holders.identity()
+        self._process = holders.describe_process()
         if database.controller is not None:
             self._process = f'{self._process[:-1]}, "controller": "{database.controller}"}}'
         self._stopping = stopping
-        # Set by a pass over many sandboxes (reconcile, rules, expiry), which meets the same ones again and again.
+        # Set by a pass over many sandboxes (reconcile, rules, expiry), because each pass meets the same sandboxes.
         self.in_pass = False
 
     # ---- reading ----
 
     def get(self, uuid: str) -> Sandbox:
+        """Return the record with that UUID. Raises NotFound, and DamagedRecord for a damaged row."""
         rows = self.db.read(f"{SELECT} WHERE uuid = ?", uuid)
         if not rows:
             raise NotFound("sandbox not found", uuid=uuid)
         return Sandbox.from_row(rows[0])
 
-    def live_by_vmid(self, vmid: int) -> Sandbox | None:
+    def find_live_by_vmid(self, vmid: int) -> Sandbox | None:
         rows = self.db.read(f"{SELECT} WHERE vmid = ? AND {LIVE}", vmid)
         return Sandbox.from_row(rows[0]) if rows else None
 
-    def live_by_name(self, name: str) -> Sandbox | None:
+    def find_live_by_name(self, name: str) -> Sandbox | None:
         rows = self.db.read(f"{SELECT} WHERE name = ? AND {LIVE}", name)
         return Sandbox.from_row(rows[0]) if rows else None
 
-    def last_by_vmid(self, vmid: int) -> Sandbox | None:
+    def find_last_by_vmid(self, vmid: int) -> Sandbox | None:
         """Return the live record with that VMID, else the newest destroyed one, else None."""
-        live = self.live_by_vmid(vmid)
+        live = self.find_live_by_vmid(vmid)
         if live:
             return live
         rows = self.db.read(
@@ -175,8 +177,8 @@ class Records:
         )
         return Sandbox.from_row(rows[0]) if rows else None
 
-    def last_by_name(self, name: str) -> Sandbox | None:
-        live = self.live_by_name(name)
+    def find_last_by_name(self, name: str) -> Sandbox | None:
+        live = self.find_live_by_name(name)
         if live:
             return live
         rows = self.db.read(
@@ -185,20 +187,21 @@ class Records:
         return Sandbox.from_row(rows[0]) if rows else None
 
     def find_all(self, states: Iterable[str] | None = None, *, include_destroyed: bool = False) -> list[Sandbox]:
-        """Return sandboxes in the order of their VMIDs, in the states ``wanted`` (None: all); live ones unless told
-        otherwise.
+        """Return sandboxes in the order of their VMIDs.
+
+        ``states``: only sandboxes in these states (None: any state). Destroyed sandboxes need ``include_destroyed``.
         """
         names = list(states) if states is not None else None
         where, values = ("1 = 1", []) if include_destroyed else (LIVE, [])
         if names is not None:
             where += f" AND state IN ({', '.join('?' * len(names))})"
             values = list(names)
-        rows = self.db.read_as(sound_sandbox, f"{SELECT} WHERE {where} ORDER BY vmid, created_at", *values)
+        rows = self.db.read_as(read_sound_sandbox, f"{SELECT} WHERE {where} ORDER BY vmid, created_at", *values)
         if None not in rows:
             return rows  # type: ignore[return-value]
         return [sandbox for sandbox in rows if sandbox is not None]
 
-    def damage(self) -> list[DamagedRecord]:
+    def list_damage(self) -> list[DamagedRecord]:
         """Return the damage in live records, in the journal and in the table meta."""
         errors: list[DamagedRecord] = []
         for make, query in (
@@ -225,42 +228,42 @@ class Records:
                     errors.append(DamagedRecord("meta", f"key {row['key']}", "value", "what this program wrote there"))
         return errors
 
-    def unfinished(self) -> tuple[list[JournalEntry], list[JournalEntry]]:
+    def list_unfinished(self) -> tuple[list[JournalEntry], list[JournalEntry]]:
         """Return the journal as (operations under way, interrupted operations)."""
-        stale = {entry.sandbox_uuid: entry for entry in self.interrupted()}
+        stale = {entry.sandbox_uuid: entry for entry in self.list_interrupted()}
         rows = self.db.read("SELECT * FROM operations ORDER BY id")
-        return sound_operations(row for row in rows if row["sandbox_uuid"] not in stale), list(stale.values())
+        return read_sound_entries(row for row in rows if row["sandbox_uuid"] not in stale), list(stale.values())
 
-    def under_way(self, uuid: str) -> JournalEntry | None:
+    def find_journal_entry(self, uuid: str) -> JournalEntry | None:
         """Return the journal entry of a sandbox's unfinished operation, or None."""
         rows = self.db.read("SELECT * FROM operations WHERE sandbox_uuid = ?", uuid)
         return JournalEntry.from_row(rows[0]) if rows else None
 
     def is_worked_on(self, uuid: str) -> bool:
-        """Return whether a sandbox has a journal entry or a claim, whether its holder lives or not."""
+        """Return whether a sandbox has a journal entry or a claim. The holder may be alive or dead."""
         query = "SELECT 1 FROM operations WHERE sandbox_uuid = ? UNION SELECT 1 FROM claims WHERE sandbox_uuid = ?"
         return bool(self.db.read(query, uuid, uuid))
 
-    def interrupted(self) -> list[JournalEntry]:
+    def list_interrupted(self) -> list[JournalEntry]:
         """Return the journal entries whose run is dead or has lost its claim. The next run has to finish them."""
         rows = self.db.read(
             "SELECT o.*, c.fence, c.process, c.expires_at FROM operations o "
             "LEFT JOIN claims c USING (sandbox_uuid) ORDER BY o.id"
         )
-        return sound_operations(row for row in rows if row["process"] is None or self._given_up(row))
+        return read_sound_entries(row for row in rows if row["process"] is None or self.is_holder_gone(row))
 
-    def interrupted_sandboxes(self) -> list[tuple[JournalEntry, Sandbox]]:
-        """Return each interrupted operation with its sandbox. ``damage`` names the sandboxes with a damaged row."""
+    def list_interrupted_sandboxes(self) -> list[tuple[JournalEntry, Sandbox]]:
+        """Return each interrupted operation with its sandbox. Sandboxes with a damaged row are left out."""
         pairs = []
-        for entry in self.interrupted():
+        for entry in self.list_interrupted():
             with contextlib.suppress(DamagedRecord, NotFound):
                 pairs.append((entry, self.get(entry.sandbox_uuid)))
         return pairs
 
-    def _read(self, sql: str, values: Sequence[Any]) -> list[Any]:
+    def _read_rows(self, sql: str, values: Sequence[Any]) -> list[Any]:
         return self.db.read(sql, *values)
 
-    def _given_up(self, claim: Row, read: Callable[[str, Sequence[Any]], list[Any]] | None = None) -> bool:
+    def is_holder_gone(self, claim: Row, read: Callable[[str, Sequence[Any]], list[Any]] | None = None) -> bool:
         """Return whether the holder of a claim is gone.
 
         ``read`` runs the query inside a transaction; without it any connection is used.
@@ -269,36 +272,41 @@ class Records:
             (self.db.path, claim["sandbox_uuid"], claim["fence"]) in _unreturned
             or holders.is_over(claim["process"], claim["expires_at"], self.clock.now(), self.clock.since_boot())
             or holders.is_dead(claim["process"])
-            or self.db.is_abandoned(claim["process"], read or self._read)
+            or self.db.is_abandoned(claim["process"], read or self._read_rows)
         )
 
-    def abandoned_claims(self, read: Callable[[str, Sequence[Any]], list[Any]] | None = None) -> list[tuple[str, int]]:
-        """Return the sandbox's UUID and the fence of each claim whose holder is gone; ``read`` as in ``_given_up``.
+    def list_abandoned_claims(
+        self, read: Callable[[str, Sequence[Any]], list[Any]] | None = None
+    ) -> list[tuple[str, int]]:
+        """Return the sandbox's UUID and the fence of each claim whose holder is gone.
 
+        ``read`` is the same as in ``is_holder_gone``.
         Where claims depend on heartbeats, a claim whose sandbox has a journal entry is left out: the run that finishes
         the operation takes the claim over, and that is counted.
         """
         query = "SELECT sandbox_uuid, fence, process, expires_at FROM claims"
         if self.db.controller is not None:
             query += " WHERE sandbox_uuid NOT IN (SELECT sandbox_uuid FROM operations)"
-        rows = (read or self._read)(query, ())
-        return [(row["sandbox_uuid"], row["fence"]) for row in rows if self._given_up(row, read)]
+        rows = (read or self._read_rows)(query, ())
+        return [(row["sandbox_uuid"], row["fence"]) for row in rows if self.is_holder_gone(row, read)]
 
-    def _claim_holder(self) -> str:
+    def _describe_holder(self) -> str:
         """Return the holder of a claim as JSON: the process, the time, and the end by the time since boot."""
         until = float(self.clock.since_boot() + self.claim_seconds)
         return f'{self._process[:-1]}, "at": {self.clock.now()}, "until": {until!r}}}'
 
-    def meta(self, key: str) -> str | None:
+    def read_meta(self, key: str) -> str | None:
         rows = self.db.read("SELECT value FROM meta WHERE key = ?", key)
         return rows[0]["value"] if rows else None
 
-    def database_id(self) -> str | None:
+    def read_database_id(self) -> str | None:
         """Return the id of these records in the marker of their VMs (32 hexadecimal digits); None if it was lost."""
-        value = self.meta("database_id")
+        value = self.read_meta("database_id")
         return value if isinstance(value, str) and DATABASE_ID.fullmatch(value) else None
 
     def set_meta(self, key: str, value: str | None) -> None:
+        """Store a value in the table meta. None removes the key."""
+
         def work(conn: Connection) -> None:
             if value is None:
                 conn.execute("DELETE FROM meta WHERE key = ?", (key,))
@@ -351,12 +359,12 @@ class Records:
                 self._insert_free(conn, sandbox, vmid_range, used_vmids | occupied)
             if reserve_node is not None:
                 reserve_node(conn, sandbox.uuid)
-            claim = self._take(conn, sandbox.uuid, "create", now)
-            self._event(conn, sandbox, None, states.REQUESTED, "create", outcome="decided", reason="requested")
-            self._journal(conn, sandbox.uuid, "create", RESERVED, journal, now)
+            claim = self._take_claim(conn, sandbox.uuid, "create", now)
+            self._insert_event(conn, sandbox, None, states.REQUESTED, "create", outcome="decided", reason="requested")
+            self._insert_journal(conn, sandbox.uuid, "create", RESERVED, journal, now)
             return claim
 
-        return self._hold(self.db.write(work))
+        return self._remember_claim(self.db.write(work))
 
     def _insert_free(self, conn: Connection, sandbox: Sandbox, vmid_range: tuple[int, int], occupied: set[int]) -> None:
         """Insert the record under the next free VMID after the one given out last."""
@@ -413,8 +421,8 @@ class Records:
                     option="vmid_range",
                     value=f"{first}-{last}",
                 )
-            renumbered = self._set(conn, sandbox, {"vmid": vmid})
-            self._event(
+            renumbered = self._update_sandbox(conn, sandbox, {"vmid": vmid})
+            self._insert_event(
                 conn,
                 sandbox,
                 sandbox.state,
@@ -426,7 +434,7 @@ class Records:
             )
             return renumbered
 
-        return self.fenced(claim, work)
+        return self.run_fenced(claim, work)
 
     # ---- claims ----
 
@@ -440,7 +448,9 @@ class Records:
         while True:
             self._refuse_new()
             try:
-                return self._hold(self.db.write(lambda conn: self._take(conn, uuid, operation, self.clock.now())))
+                return self._remember_claim(
+                    self.db.write(lambda conn: self._take_claim(conn, uuid, operation, self.clock.now()))
+                )
             except Busy:
                 remaining = deadline - self.clock.monotonic()
                 if remaining <= 0:
@@ -448,7 +458,7 @@ class Records:
                 self.clock.sleep(min(pause, remaining))
                 pause = min(pause * 1.5, 1.0)
 
-    def _hold(self, claim: Claim) -> Claim:
+    def _remember_claim(self, claim: Claim) -> Claim:
         """Remember a claim that depends on heartbeats, and count it if it was taken over."""
         if claim.taken_over:
             self.db.takeovers += 1
@@ -484,9 +494,9 @@ class Records:
         if self._stopping is not None and self._stopping.is_set():
             raise Stopping("agentlabd is stopping: this was not begun, and nothing was changed; ask again when it runs")
 
-    def _take(self, conn: Connection, uuid: str, operation: str, now: int) -> Claim:
+    def _take_claim(self, conn: Connection, uuid: str, operation: str, now: int) -> Claim:
         row = conn.execute("SELECT * FROM claims WHERE sandbox_uuid = ?", (uuid,)).fetchone()
-        if row and not self._given_up(row, lambda sql, values: conn.execute(sql, values).fetchall()):
+        if row and not self.is_holder_gone(row, lambda sql, values: conn.execute(sql, values).fetchall()):
             sandbox = conn.execute("SELECT vmid FROM sandboxes WHERE uuid = ?", (uuid,)).fetchone()
             since = row["acquired_at"] if isinstance(row["acquired_at"], int) else now
             raise Busy(
@@ -509,16 +519,16 @@ class Records:
             "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (sandbox_uuid) DO UPDATE SET fence = excluded.fence, "
             "operation = excluded.operation, holder = excluded.holder, process = excluded.process, "
             "acquired_at = excluded.acquired_at, expires_at = excluded.expires_at",
-            (uuid, fence, operation, self.actor, self._claim_holder(), now, now + self.claim_seconds),
+            (uuid, fence, operation, self.actor, self._describe_holder(), now, now + self.claim_seconds),
         )
         entry = conn.execute("SELECT * FROM operations WHERE sandbox_uuid = ?", (uuid,)).fetchone()
         taken_over = row is not None and (self.db.path, uuid, row["fence"]) not in _unreturned
         return Claim(uuid, fence, operation, JournalEntry.from_row(entry) if entry else None, taken_over)
 
-    def fenced(self, claim: Claim, work: Callable[[Connection], T], *, finish: bool = False) -> T:
+    def run_fenced(self, claim: Claim, work: Callable[[Connection], T], *, finish: bool = False) -> T:
         """Run a write only while the claim is ours, and extend the claim. ``finish``: release it with the write."""
 
-        def inner(conn: Connection) -> T:
+        def run_if_held(conn: Connection) -> T:
             # Check the claim first and extend it last. A refusal, here or in ``work``, so happens before the first
             # write.
             if not conn.execute(
@@ -534,11 +544,11 @@ class Records:
             else:
                 conn.execute(
                     "UPDATE claims SET expires_at = ?, process = ? WHERE sandbox_uuid = ? AND fence = ?",
-                    (self.clock.now() + self.claim_seconds, self._claim_holder(), claim.uuid, claim.fence),
+                    (self.clock.now() + self.claim_seconds, self._describe_holder(), claim.uuid, claim.fence),
                 )
             return value
 
-        value = self.db.write(inner, checked=True)
+        value = self.db.write(run_if_held, checked=True)
         if finish:
             self._held_claims().pop(claim.fence, None)
         return value
@@ -558,7 +568,9 @@ class Records:
 
     # ---- journal ----
 
-    def _journal(self, conn: Connection, uuid: str, kind: str, phase: str, detail: dict[str, Any], now: int) -> None:
+    def _insert_journal(
+        self, conn: Connection, uuid: str, kind: str, phase: str, detail: dict[str, Any], now: int
+    ) -> None:
         conn.execute(
             "INSERT INTO operations (sandbox_uuid, kind, phase, detail, actor, started_at, updated_at) "
             "VALUES (?, ?, ?, ?, ?, ?, ?) "
@@ -568,7 +580,7 @@ class Records:
             (uuid, kind, phase, json.dumps(detail), self.actor, now, now),
         )
 
-    def journal(
+    def write_journal(
         self, claim: Claim, kind: str, phase: str, detail: dict[str, Any], *, unprotected: bool = False
     ) -> None:
         """Write the next phase to the journal, before the first request of that phase.
@@ -585,22 +597,24 @@ class Records:
                         f"sandbox {row['vmid']} was protected while it was to be destroyed; it was not deleted",
                         vmid=row["vmid"],
                     )
-            self._journal(conn, claim.uuid, kind, phase, detail, self.clock.now())
+            self._insert_journal(conn, claim.uuid, kind, phase, detail, self.clock.now())
 
-        self.fenced(claim, work)
+        self.run_fenced(claim, work)
 
     def drop_journal(self, claim: Claim) -> None:
         """Remove the journal entry of a sandbox, because its operation has ended."""
         query = "DELETE FROM operations WHERE sandbox_uuid = ?"
-        self.fenced(claim, lambda conn: conn.execute(query, (claim.uuid,)) and None)
+        self.run_fenced(claim, lambda conn: conn.execute(query, (claim.uuid,)) and None)
 
     # ---- changes ----
 
-    def _set(self, conn: Connection, sandbox: Sandbox, values: dict[str, Any]) -> Sandbox:
+    def _update_sandbox(self, conn: Connection, sandbox: Sandbox, values: dict[str, Any]) -> Sandbox:
         """Set columns by compare-and-set on state and generation, and return the new record. Raises RecordChanged."""
         new = {**values, "updated_at": self.clock.now()}
         row = {**new, "tags": json.dumps(new["tags"])} if "tags" in new else new
-        written = conn.execute(_update(tuple(row)), (*row.values(), sandbox.uuid, sandbox.state, sandbox.generation))
+        written = conn.execute(
+            _make_update(tuple(row)), (*row.values(), sandbox.uuid, sandbox.state, sandbox.generation)
+        )
         if written.rowcount != 1:
             current = conn.execute("SELECT state FROM sandboxes WHERE uuid = ?", (sandbox.uuid,)).fetchone()
             raise RecordChanged(
@@ -611,11 +625,11 @@ class Records:
         # Every write raises the generation. The generation was unchanged, so all other columns were unchanged too.
         return sandbox.written(new)
 
-    def _state(self, conn: Connection, sandbox: Sandbox) -> str:
+    def _read_state(self, conn: Connection, sandbox: Sandbox) -> str:
         row = conn.execute("SELECT state FROM sandboxes WHERE uuid = ?", (sandbox.uuid,)).fetchone()
         return str(row["state"]) if row else sandbox.state
 
-    def _event(
+    def _insert_event(
         self,
         conn: Connection,
         sandbox: Sandbox,
@@ -630,17 +644,18 @@ class Records:
         duration_ms: int | None = None,
         always: bool = False,
     ) -> None:
-        """Write an event. One of a pass that only repeats its last one is left out, unless ``always``.
+        """Write an event.
 
-        What somebody asks for is a fact of its own each time.
+        A pass writes no event that only repeats its last event on the sandbox, unless ``always``. The events of other
+        operations are always written: each request of a user is a fact of its own.
         """
-        facts = (old, new, reason, _json(evidence or {}), _json(list(upids)), outcome)
+        facts = (old, new, reason, _format_json(evidence or {}), _format_json(list(upids)), outcome)
         may_repeat = self.in_pass and not always and outcome in _WITHOUT_EFFECT and old == new
         if may_repeat and self._is_repeated(conn, sandbox.uuid, operation, facts):
             return
-        conn.execute(_INSERT_EVENT, self._event_row(sandbox, operation, facts, duration_ms))
+        conn.execute(_INSERT_EVENT, self._make_event_row(sandbox, operation, facts, duration_ms))
 
-    def _event_row(
+    def _make_event_row(
         self, sandbox: Sandbox, operation: str, facts: tuple[Any, ...], duration_ms: int | None = None
     ) -> tuple[Any, ...]:
         """Return the values of an event. ``facts``: old and new state, reason, evidence, task ids, outcome."""
@@ -713,12 +728,12 @@ class Records:
                 new.update(state=target, state_changed_at=self.clock.now(), absent_seen_at=None, reason=reason)
             before = sandbox
             if new:
-                after = self._set(conn, sandbox, new)
+                after = self._update_sandbox(conn, sandbox, new)
             else:
                 # No column was set, so nothing was compared. Read again: the lease may have expired since the record
                 # was read.
                 before = after = Sandbox.from_row(conn.execute(f"{SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
-            self._event(
+            self._insert_event(
                 conn,
                 sandbox,
                 before.state,
@@ -729,16 +744,16 @@ class Records:
                 evidence=evidence,
                 upids=upids,
                 duration_ms=duration_ms,
-                # Each closed journal is another run that was killed.
+                # Always write this event: each closed journal entry stands for another killed run.
                 always=finish and outcome == "interrupted",
             )
             if finish:
                 conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (sandbox.uuid,))
             elif journal:
-                self._journal(conn, sandbox.uuid, operation, journal[0], journal[1], self.clock.now())
+                self._insert_journal(conn, sandbox.uuid, operation, journal[0], journal[1], self.clock.now())
             return after
 
-        return self.fenced(claim, work, finish=finish)
+        return self.run_fenced(claim, work, finish=finish)
 
     def renew(
         self,
@@ -788,7 +803,7 @@ class Records:
                 "WHERE sandbox_uuid = ? AND lease_expires_at = ?",
                 (expires_at, now, sandbox.uuid, sandbox.lease_expires_at),
             )
-            self._event(
+            self._insert_event(
                 conn,
                 sandbox,
                 sandbox.state,
@@ -802,10 +817,10 @@ class Records:
         return self.db.write(work, checked=True)
 
     def expire(self, sandbox: Sandbox, now: int) -> Sandbox:
-        """Set TIMEOUT if the lease is over and the record unchanged: the other side of the race with ``renew``.
+        """Set TIMEOUT if the lease is over and the record is unchanged. Return the new record.
 
-        Returns the new record. Raises RecordChanged when the renewal won. Needs no claim, so that a busy sandbox
-        expires on time; a creation or stop under way notices the new state at its next step.
+        Raises RecordChanged when a renewal (``renew``) came first. Needs no claim, so that a busy sandbox expires on
+        time. A creation or stop under way notices the new state at its next step.
         """
 
         moved = self.expire_all([sandbox], now)[0]
@@ -821,7 +836,7 @@ class Records:
         One statement serves many sandboxes. On a server, statements for each sandbox would wait for thousands of
         answers.
         """
-        new = self._entering(states.TIMEOUT, "lease_expired", now)
+        new = self._make_transition(states.TIMEOUT, "lease_expired", now)
 
         def work(conn: Connection) -> list[Sandbox | None]:
             query = f"SELECT uuid, state, generation FROM sandboxes WHERE {LIVE} AND lease_expires_at <= ?"
@@ -831,11 +846,11 @@ class Records:
                 for sandbox in sandboxes
             ]
             before = [sandbox for sandbox, after in zip(sandboxes, moved, strict=True) if after is not None]
-            self._set_all(conn, before, new)
+            self._update_sandboxes(conn, before, new)
             conn.executemany(
                 _INSERT_EVENT,
                 [
-                    self._event_row(
+                    self._make_event_row(
                         sandbox, "expire", (sandbox.state, states.TIMEOUT, "lease_expired", "{}", "[]", "done")
                     )
                     for sandbox in before
@@ -848,8 +863,8 @@ class Records:
     def finish_all(self, endings: Sequence[Ending], operation: str, to: str) -> list[Sandbox | None]:
         """End these operations in state ``to``, each with its event, and remove their journal entries and claims.
 
-        Does what ``change`` does with ``finish``, whatever the present state of a record is, and as ``expire_all`` with
-        few statements. Returns the new records; None for each one whose claim was lost, or that cannot enter ``to``.
+        The effect is that of ``change`` with ``finish``, from any present state, with the few statements of
+        ``expire_all``. Returns the new records; None for each record whose claim was lost, or that cannot enter ``to``.
         """
 
         def work(conn: Connection) -> list[Sandbox | None]:
@@ -863,14 +878,14 @@ class Records:
                 if sandbox is None or not states.can_follow(sandbox.state, to):
                     moved.append(None)
                     continue
-                moved.append(sandbox.written(self._entering(to, ending.reason, now)))
+                moved.append(sandbox.written(self._make_transition(to, ending.reason, now)))
                 by_reason.setdefault(ending.reason, []).append(sandbox)
-                texts = _json(ending.evidence), _json(list(ending.upids))
+                texts = _format_json(ending.evidence), _format_json(list(ending.upids))
                 facts = (sandbox.state, to, ending.reason, *texts, "done")
-                rows.append(self._event_row(sandbox, operation, facts, ending.duration_ms))
+                rows.append(self._make_event_row(sandbox, operation, facts, ending.duration_ms))
             for reason, sandboxes in by_reason.items():
-                self._set_all(conn, sandboxes, self._entering(to, reason, now))
-                for part, places in _parts([sandbox.uuid for sandbox in sandboxes]):
+                self._update_sandboxes(conn, sandboxes, self._make_transition(to, reason, now))
+                for part, places in _split_values([sandbox.uuid for sandbox in sandboxes]):
                     conn.execute(f"DELETE FROM operations WHERE sandbox_uuid IN ({places})", part)
                     conn.execute(f"DELETE FROM claims WHERE sandbox_uuid IN ({places})", part)
             conn.executemany(_INSERT_EVENT, rows)
@@ -883,20 +898,20 @@ class Records:
         return moved
 
     def _read_claimed(self, conn: Connection, claims: Sequence[Claim]) -> dict[str, Sandbox]:
-        """Return the records, by UUID, of which these claims are still held."""
+        """Return, by UUID, the records whose claim is still held."""
         sandboxes: dict[str, Sandbox] = {}
         fences = {claim.uuid: claim.fence for claim in claims}
-        for part, places in _parts(list(fences)):
+        for part, places in _split_values(list(fences)):
             query = f"SELECT sandbox_uuid, fence FROM claims WHERE sandbox_uuid IN ({places})"
             held = {tuple(row) for row in conn.execute(query, part)}
             for row in conn.execute(f"{SELECT} WHERE uuid IN ({places})", part):
-                sandbox = sound_sandbox(row)
+                sandbox = read_sound_sandbox(row)
                 if sandbox is not None and (sandbox.uuid, fences[sandbox.uuid]) in held:
                     sandboxes[sandbox.uuid] = sandbox
         return sandboxes
 
     @staticmethod
-    def _entering(state: str, reason: str, now: int) -> dict[str, Any]:
+    def _make_transition(state: str, reason: str, now: int) -> dict[str, Any]:
         """Return the columns that a transition to ``state`` sets."""
         return {
             "state": state,
@@ -907,7 +922,7 @@ class Records:
         }
 
     @staticmethod
-    def _set_all(conn: Connection, sandboxes: Sequence[Sandbox], new: dict[str, Any]) -> None:
+    def _update_sandboxes(conn: Connection, sandboxes: Sequence[Sandbox], new: dict[str, Any]) -> None:
         """Set the same columns of many sandboxes, which this transaction has read, by compare-and-set.
 
         Raises StoreError, which rolls the transaction back, when a writer without the writer's lock changed one.
@@ -937,8 +952,8 @@ class Records:
 
         Needs no claim.
 
-        Raises Kept (busy) when the sandbox is to be protected but its delete is already decided. ``journal`` has the
-        other side of this check.
+        Raises Kept (busy) when the sandbox is to be protected but its delete is already decided. ``write_journal`` has
+        the other side of this check.
         """
 
         def work(conn: Connection) -> Sandbox:
@@ -950,8 +965,8 @@ class Records:
                     raise Kept(
                         "busy", f"cannot protect sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid
                     )
-            amended = self._set(conn, sandbox, values)
-            self._event(conn, sandbox, sandbox.state, sandbox.state, operation, outcome="done", evidence=values)
+            amended = self._update_sandbox(conn, sandbox, values)
+            self._insert_event(conn, sandbox, sandbox.state, sandbox.state, operation, outcome="done", evidence=values)
             return amended
 
         return self.db.write(work, checked=True)
@@ -985,5 +1000,5 @@ class Records:
 
     def write_event(self, conn: Connection, sandbox: Sandbox, operation: str, **values: Any) -> None:
         """Write an event without a state change, in the caller's transaction; ``values`` as in ``note``."""
-        state = self._state(conn, sandbox)
-        self._event(conn, sandbox, state, state, operation, **values)
+        state = self._read_state(conn, sandbox)
+        self._insert_event(conn, sandbox, state, state, operation, **values)

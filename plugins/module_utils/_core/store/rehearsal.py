@@ -35,14 +35,14 @@ class Rehearsal:
         self._database = database
         self._owner = owner
 
-    def clock(self, own: Clock) -> Clock:
-        return self._database.clock(own)
+    def choose_clock(self, own: Clock) -> Clock:
+        return self._database.choose_clock(own)
 
-    def wall_time(self) -> float:
-        return self._database.wall_time()
+    def read_wall_time(self) -> float:
+        return self._database.read_wall_time()
 
-    def clock_difference(self) -> float:
-        return self._database.clock_difference()
+    def read_clock_difference(self) -> float:
+        return self._database.read_clock_difference()
 
     def read(self, sql: str, *values: Any) -> list[Any]:
         return self._database.read(sql, *values)
@@ -56,18 +56,18 @@ class Rehearsal:
         The savepoint is needed even when ``checked``.
         """
 
-        def undone(conn: Any) -> None:
+        def run_and_undo(conn: Any) -> None:
             raise _Undone(work(conn))
 
         try:
-            self._database.write(undone)
+            self._database.write(run_and_undo)
         except _Undone as outcome:
             value: T = outcome.args[0]
             return value
         raise AssertionError("unreachable")
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def group_writes(self) -> Iterator[None]:
         yield
 
     def freeze(self) -> contextlib.AbstractContextManager[None]:
@@ -92,20 +92,20 @@ class Rehearsal:
         """Do nothing: a dry run only reads."""
         return contextlib.nullcontext()
 
-    def replaced(self) -> str | None:
-        return self._database.replaced()
+    def explain_replacement(self) -> str | None:
+        return self._database.explain_replacement()
 
-    def lost_commits(self) -> bool:
-        return self._database.lost_commits()
+    def has_lost_commits(self) -> bool:
+        return self._database.has_lost_commits()
 
     def forget_lost_commits(self) -> None:
         """Do nothing: a dry run holds no leases."""
 
-    def latest_event(self) -> int:
-        return self._database.latest_event()
+    def read_latest_event(self) -> int:
+        return self._database.read_latest_event()
 
-    def noted_event(self) -> int | None:
-        return self._database.noted_event()
+    def read_noted_event(self) -> int | None:
+        return self._database.read_noted_event()
 
     def note_event(self, event: int) -> None:
         """Do nothing: a dry run writes nothing."""
@@ -113,8 +113,8 @@ class Rehearsal:
     def limit_cache(self, kib: int) -> None:
         """Do nothing: the connections belong to the other engine."""
 
-    def integrity(self) -> str:
-        return self._database.integrity()
+    def check_integrity(self) -> str:
+        return self._database.check_integrity()
 
     def close(self) -> None:
         if self._owner:

@@ -54,7 +54,8 @@ class Run:
     is_new: bool = False
 
 
-def _run(row: Row) -> Run:
+def _read_run(row: Row) -> Run:
+    """Return the run in a row. Raises DamagedRecord for an invalid value."""
     values = tuple(row)
     try:
         detail = json.loads(values[10])
@@ -80,7 +81,7 @@ def begin(
         now = records.clock.now()
         row = conn.execute(f"{_SELECT} WHERE id = ?", (run_id,)).fetchone()
         if row is not None:
-            run = _run(row)
+            run = _read_run(row)
             if run.sandbox_uuid != sandbox.uuid or run.fingerprint != fingerprint:
                 raise InvalidInput(
                     f"run_id: {run_id} belongs to another command or sandbox; leave it out, or give a new one",
@@ -123,18 +124,18 @@ def get(records: Records, sandbox: Sandbox, run_id: str) -> Run:
             f"and GET /v1/sandboxes/{sandbox.vmid}/exec show the runs of that sandbox",
             run_id=run_id,
         )
-    return _run(rows[0])
+    return _read_run(rows[0])
 
 
-def of_sandbox(records: Records, sandbox: Sandbox, limit: int = 1000) -> list[Run]:
+def list_runs(records: Records, sandbox: Sandbox, limit: int = 1000) -> list[Run]:
     """Return the newest ``limit`` runs of a sandbox, oldest first."""
     rows = records.db.read(
         f"{_SELECT} WHERE sandbox_uuid = ? ORDER BY started_at DESC, id LIMIT ?", sandbox.uuid, limit
     )
-    return [_run(row) for row in rows][::-1]
+    return [_read_run(row) for row in rows][::-1]
 
 
-def guest_memory(
+def read_guest_memory(
     records: Records, sandbox: Sandbox, kind: str, limit: int = 200
 ) -> tuple[set[str], float | None, bool]:
     """Return what the newest ``limit`` runs tell about a sandbox's guest.
@@ -155,14 +156,14 @@ def guest_memory(
         try:
             detail = json.loads(row["detail"])
             if detail.get("full"):
-                # The guest has removed what it kept, and what later runs brought there is in ``names`` already.
+                # The guest has removed the files that it kept. ``names`` already has the files of later runs.
                 has_room = records.clock.now() - int(row["started_at"]) > _FULL_SECONDS
                 break
             names.update(str(name) for name in detail.get("kept", ()))
             if detail.get("kind") == kind and len(times) < 3:
                 times.append(float(detail["duration_ms"]) / 1000)
         except (ValueError, TypeError, AttributeError, KeyError):
-            # A damaged row is told where the run is asked for. Here it only means one transfer more.
+            # Ignore a damaged row here: it costs one more transfer. A request for that run reports the damage.
             continue
     return names, min(times, default=None), has_room
 
@@ -215,7 +216,7 @@ def finish(
         )
         if closed.rowcount != 1:
             row = conn.execute(f"{_SELECT} WHERE id = ?", (run.id,)).fetchone()
-            return None if row is None else _run(row)
+            return None if row is None else _read_run(row)
         records.write_event(
             conn, sandbox, "exec", outcome=outcome, reason=reason, evidence=evidence, duration_ms=duration_ms
         )

@@ -71,7 +71,7 @@ def copy_records(source: str, target: str, passwords: tuple[str | None, str | No
         engines: list[Engine] = []
         for side, address, password in zip(("FROM", "TO"), addresses, passwords, strict=True):
             if side == "TO":
-                # Before TO is made: a source in use is the usual reason for a refusal.
+                # Check FROM before creating TO: a source in use is the usual reason for a refusal.
                 _refuse_in_use(engines[0])
                 if address.engine == SQLITE and not os.path.lexists(address.text):
                     stack.push(_NewFile(address.text).remove_after_failure)
@@ -81,7 +81,7 @@ def copy_records(source: str, target: str, passwords: tuple[str | None, str | No
                 raise StoreError(f"--copy-records: {side}: {error.told_once('nothing was copied')}") from error
             stack.callback(engines[-1].close)
         try:
-            return _copy(*engines)
+            return _copy_rows(*engines)
         except StoreUnavailable as error:
             fate = (
                 "the copy is written as a whole or not at all: where it was carried out, the next run says that TO is "
@@ -91,7 +91,7 @@ def copy_records(source: str, target: str, passwords: tuple[str | None, str | No
 
 
 class _NewFile:
-    """A SQLite file that a copy is about to make, with the folders that are missing for it."""
+    """A SQLite file that a copy is about to create, and the missing folders above the file."""
 
     def __init__(self, path: str) -> None:
         self._path = os.path.abspath(path)
@@ -102,19 +102,19 @@ class _NewFile:
             folder = os.path.dirname(folder)
 
     def remove_after_failure(self, kind: type[BaseException] | None, _error: object, _trace: object) -> None:
-        """Remove the file and those folders when an exception ends the copy. A file that holds records stays."""
+        """Remove the file and the created folders when an exception ends the copy. A file that holds records stays."""
         if kind is None or (os.path.exists(self._path) and not self._is_empty()):
             return
-        for name in (self._path, f"{self._path}-wal", f"{self._path}-shm", latest.path_of(self._path)):
+        for name in (self._path, f"{self._path}-wal", f"{self._path}-shm", latest.make_note_path(self._path)):
             with contextlib.suppress(OSError):
                 os.unlink(name)
         for folder in self._missing_folders:
-            # A folder that somebody else uses meanwhile is not empty, and stays.
+            # A folder that another program has used meanwhile is not empty, and stays.
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
 
     def _is_empty(self) -> bool:
-        """Return whether no record stands in the file."""
+        """Return whether the file holds no record. A file that cannot be read counts as not empty."""
         try:
             database = open_database(self._path)
         except StoreError:
@@ -134,13 +134,14 @@ def _are_same(source: Address, target: Address) -> bool:
     try:
         return source.engine == target.engine == SQLITE and os.path.samefile(source.text, target.text)
     except OSError:
-        # One of them is not there.
+        # At least one of the two files does not exist.
         return False
 
 
-def _copy(source: Engine, target: Engine) -> Copied:
+def _copy_rows(source: Engine, target: Engine) -> Copied:
+    """Copy the rows in one transaction, and compare the checksums before its commit. Raises StoreError."""
     with source.freeze():
-        # A run may have begun since the first look.
+        # A run may have begun since the first check.
         _refuse_in_use(source)
 
         def work(conn: Connection) -> Copied:
@@ -156,19 +157,19 @@ def _copy(source: Engine, target: Engine) -> Copied:
             counts: dict[str, int] = {}
             for table, key in TABLES.items():
                 counts[table] = 0
-                for rows in _pages(_reader(source), table, key):
+                for rows in _read_pages(_make_reader(source), table, key):
                     names = list(rows[0].keys())
                     places = ", ".join("?" * len(names))
                     conn.executemany(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({places})", map(tuple, rows))
                     counts[table] += len(rows)
-            for key, value in _notes(_reader(source)):
+            for key, value in _read_notes(_make_reader(source)):
                 conn.execute(
                     "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = "
                     "excluded.value",
                     (key, value),
                 )
-            target.set_counters(conn, _counters(source))
-            copied = Copied(counts, _checksum(_reader(source)), _checksum(read_target))
+            target.set_counters(conn, _read_counters(source))
+            copied = Copied(counts, _compute_checksum(_make_reader(source)), _compute_checksum(read_target))
             if copied.source_checksum != copied.target_checksum:
                 raise StoreError(
                     f"database {target.path}: the copy differs from {source.path}; nothing was written. Please report "
@@ -181,8 +182,8 @@ def _copy(source: Engine, target: Engine) -> Copied:
 
 def _refuse_in_use(source: Engine) -> None:
     """Raise StoreError when an operation is under way on the source."""
-    records = Records(source, source.clock(SystemClock()), "copy")
-    under_way, _interrupted = records.unfinished()
+    records = Records(source, source.choose_clock(SystemClock()), "copy")
+    under_way, _interrupted = records.list_unfinished()
     if under_way:
         raise StoreError(
             f"database {source.path}: {len(under_way)} operation(s) are under way ({under_way[0].kind} by "
@@ -190,40 +191,45 @@ def _refuse_in_use(source: Engine) -> None:
         )
 
 
-def _reader(database: Engine) -> Query:
+def _make_reader(database: Engine) -> Query:
+    """Return a function that runs a query with its values on the database."""
     return lambda sql, values: database.read(sql, *values)
 
 
-def _pages(read: Query, table: str, key: str) -> Iterator[Sequence[Any]]:
+def _read_pages(read: Query, table: str, key: str) -> Iterator[Sequence[Any]]:
+    """Yield the rows of a table in parts of _PAGE rows, in the order of the key."""
     rows = read(f"SELECT * FROM {table} ORDER BY {key} LIMIT ?", (_PAGE,))
     while rows:
         yield rows
         rows = read(f"SELECT * FROM {table} WHERE {key} > ? ORDER BY {key} LIMIT ?", (rows[-1][key], _PAGE))
 
 
-def _notes(read: Query) -> list[tuple[str, str]]:
+def _read_notes(read: Query) -> list[tuple[str, str]]:
+    """Return the rows of the table meta that are copied."""
     rows = read("SELECT key, value FROM meta", ())
     return sorted((row["key"], row["value"]) for row in rows if row["key"].partition(":")[0] not in _LOCAL_NOTES)
 
 
-def _counters(database: Engine) -> dict[str, int]:
+def _read_counters(database: Engine) -> dict[str, int]:
+    """Return the greatest id that each table with generated ids has had."""
     counters = {}
     for table in COUNTED:
         counters[table] = int(database.read(f"SELECT COALESCE(max(id), 0) FROM {table}")[0][0])
-    counters["events"] = max(counters["events"], database.latest_event())
+    counters["events"] = max(counters["events"], database.read_latest_event())
     return counters
 
 
-def _checksum(read: Query) -> str:
+def _compute_checksum(read: Query) -> str:
     """Return a checksum over all rows that ignores their order, because engines sort text differently."""
     total = 0
     for table, key in TABLES.items():
-        for rows in _pages(read, table, key):
+        for rows in _read_pages(read, table, key):
             for row in rows:
-                total += _digest([table, sorted(dict(row).items())])
-    total += sum(_digest(["meta", note]) for note in _notes(read))
+                total += _compute_digest([table, sorted(dict(row).items())])
+    total += sum(_compute_digest(["meta", note]) for note in _read_notes(read))
     return f"{total % 2**256:064x}"
 
 
-def _digest(value: Any) -> int:
+def _compute_digest(value: Any) -> int:
+    """Return the SHA-256 of the value's JSON as a whole number."""
     return int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest(), "big")

@@ -110,7 +110,7 @@ _SELECT = (
 _NUMBERS = ("size", "owner_vmid", "generation", "created_at", "updated_at", "state_changed_at")
 
 
-def _sound(row: Row) -> Workspace:
+def _read_sound(row: Row) -> Workspace:
     """Return the workspace in a row. Raises DamagedRecord, which names an invalid value."""
     for name in _NUMBERS:
         if not isinstance(row[name], int) or not 0 <= row[name] <= 2**53:
@@ -132,14 +132,14 @@ class Workspaces:
     # ---- reading ----
 
     def get(self, ident: str) -> Workspace:
-        rows = self._rows("w.id = ?", ident)
+        rows = self._read_rows("w.id = ?", ident)
         if not rows:
             raise NotFound("workspace not found", id=ident)
         return rows[0]
 
     def find(self, which: str) -> Workspace | None:
         """Return the live workspace with that name or id, or None."""
-        rows = self._rows(f"(w.id = ? OR w.name = ?) AND w.{_LIVE} ORDER BY w.id = ? DESC", which, which, which)
+        rows = self._read_rows(f"(w.id = ? OR w.name = ?) AND w.{_LIVE} ORDER BY w.id = ? DESC", which, which, which)
         return rows[0] if rows else None
 
     def find_all(self, *, include_deleted: bool = False) -> list[Workspace]:
@@ -147,28 +147,30 @@ class Workspaces:
         workspaces = []
         for row in self._db.read(f"{_SELECT} WHERE {where}"):
             with contextlib.suppress(DamagedRecord):
-                workspaces.append(_sound(row))
+                workspaces.append(_read_sound(row))
         return workspaces
 
-    def damage(self) -> list[DamagedRecord]:
+    def list_damage(self) -> list[DamagedRecord]:
         """Return the damage in the records of live workspaces."""
         errors = []
         for row in self._db.read(f"{_SELECT} WHERE w.{_LIVE}"):
             try:
-                _sound(row)
+                _read_sound(row)
             except DamagedRecord as error:
                 errors.append(error)
         return errors
 
-    def of_sandbox(self, sandbox_uuid: str) -> Workspace | None:
-        rows = self._rows(f"w.sandbox_uuid = ? AND w.{_LIVE}", sandbox_uuid)
+    def find_of_sandbox(self, sandbox_uuid: str) -> Workspace | None:
+        """Return the sandbox's live workspace, or None. Raises DamagedRecord for a damaged row."""
+        rows = self._read_rows(f"w.sandbox_uuid = ? AND w.{_LIVE}", sandbox_uuid)
         return rows[0] if rows else None
 
-    def _rows(self, where: str, *values: Any) -> list[Workspace]:
-        # Raise for a damaged row instead of skipping it: its sandbox must not be destroyed as if it had no workspace.
-        return [_sound(row) for row in self._db.read(f"{_SELECT} WHERE {where}", *values)]
+    def _read_rows(self, where: str, *values: Any) -> list[Workspace]:
+        """Return the workspaces that the condition selects. Raises DamagedRecord for a damaged row."""
+        # Do not skip a damaged row: its sandbox must not be destroyed as if it had no workspace.
+        return [_read_sound(row) for row in self._db.read(f"{_SELECT} WHERE {where}", *values)]
 
-    def events(self, ident: str, limit: int) -> list[dict[str, Any]]:
+    def read_events(self, ident: str, limit: int) -> list[dict[str, Any]]:
         """Return the newest ``limit`` events of a workspace, oldest first."""
         rows = self._db.read(
             "SELECT * FROM workspace_events WHERE workspace_id = ? ORDER BY id DESC LIMIT ?", ident, limit
@@ -238,7 +240,7 @@ class Workspaces:
                 f"INSERT INTO workspaces ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})",
                 [getattr(workspace, column) for column in COLUMNS],
             )
-            self._event(
+            self._insert_event(
                 conn,
                 workspace,
                 None,
@@ -264,10 +266,10 @@ class Workspaces:
         upids: tuple[str, ...] = (),
         **values: Any,
     ) -> Workspace:
-        """Write one step by compare-and-set on state and generation, with its event, fenced by the sandbox's claim if
-        held.
+        """Write one step by compare-and-set on state and generation, with its event.
 
-        Updates the sandbox's record in the same transaction. Raises RecordChanged when another run came first.
+        ``claim``: the claim on the sandbox, which fences the write. Updates the sandbox's record in the same
+        transaction. Raises RecordChanged when another run came first.
         """
         target = to or workspace.state
 
@@ -290,15 +292,16 @@ class Workspaces:
                     f"{workspace.title} was changed by another run meanwhile; run again", id=workspace.id
                 )
             after = Workspace(**dict(conn.execute(f"{_SELECT} WHERE w.id = ?", (workspace.id,)).fetchone()))
-            self._event(
+            self._insert_event(
                 conn, after, workspace.state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids
             )
-            self._tell_sandbox(conn, workspace, after, now)
+            self._update_sandbox(conn, workspace, after, now)
             return after
 
-        return self._records.fenced(claim, work) if claim is not None else self._db.write(work)
+        return self._records.run_fenced(claim, work) if claim is not None else self._db.write(work)
 
-    def _tell_sandbox(self, conn: Connection, before: Workspace, after: Workspace, now: int) -> None:
+    def _update_sandbox(self, conn: Connection, before: Workspace, after: Workspace, now: int) -> None:
+        """Write into the sandbox's record which workspace is attached to it."""
         for uuid in {before.sandbox_uuid, after.sandbox_uuid} - {None}:
             shown = after.id if after.sandbox_uuid == uuid and after.state in (ATTACHED, DETACHING) else None
             conn.execute(
@@ -307,7 +310,7 @@ class Workspaces:
                 (shown, now, uuid, shown or ""),
             )
 
-    def _event(
+    def _insert_event(
         self,
         conn: Connection,
         workspace: Workspace,

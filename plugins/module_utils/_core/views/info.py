@@ -73,7 +73,7 @@ def show(
     sandboxes = find(ctx, filters)
     shown = [sandbox.public() for sandbox in sandboxes]
     if owner:
-        owners = history.owners(ctx.database)
+        owners = history.read_owners(ctx.database)
         connections = _read_connections(ctx)
         for answer in shown:
             answer["owner"] = owners.get(answer["uuid"])
@@ -81,7 +81,7 @@ def show(
     if events > 0:
         for sandbox, answer in zip(sandboxes, shown, strict=True):
             answer["events"] = [
-                format_event(row) for row in history.events(ctx.database, uuid=sandbox.uuid, tail=events)
+                format_event(row) for row in history.read_events(ctx.database, uuid=sandbox.uuid, tail=events)
             ]
     if verify and sandboxes:
         from . import comparison

@@ -161,7 +161,7 @@ def _list_running_clones(ctx: Context, sandbox: Sandbox, created: CreationNote) 
     until = created.at + ctx.config.doubt_window + _CLOCK_SLACK
     other_tasks = {
         entry.detail.get("upid")
-        for entries in ctx.records.unfinished()
+        for entries in ctx.records.list_unfinished()
         for entry in entries
         if entry.sandbox_uuid != sandbox.uuid
     }

@@ -69,7 +69,7 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
     """
     if operation in ("complete", "fail"):
         return _report_end(ctx, sandbox, operation)
-    unfinished = ctx.records.under_way(sandbox.uuid)
+    unfinished = ctx.records.find_journal_entry(sandbox.uuid)
     if unfinished is not None and unfinished.kind == "destroy":
         # The VM may be gone already. So refuse the interrupted destroy before reading the VM.
         with ctx.claimed(sandbox, operation) as (claim, sandbox):
@@ -177,7 +177,7 @@ def _send_operation(
 ) -> Outcome:
     began = ctx.clock.monotonic()
     target = TARGETS[operation]
-    ctx.records.journal(claim, operation, REQUESTED, {"node": located.node})
+    ctx.records.write_journal(claim, operation, REQUESTED, {"node": located.node})
     upids: list[str] = []
     warnings: list[str] = []
     try:

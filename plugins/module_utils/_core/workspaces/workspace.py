@@ -516,7 +516,7 @@ def show(
     def one_of(disk: Workspace) -> dict[str, Any]:
         shown = disk.public()
         if events > 0:
-            shown["events"] = records(ctx).events(disk.id, events)
+            shown["events"] = records(ctx).read_events(disk.id, events)
         if verify and disk.live:
             shown.update(_look(ctx, disk))
         return shown

@@ -269,7 +269,7 @@ def assign(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, ttl: i
         return disk
     if disk.state != store.DETACHED:
         raise already_held(ctx, disk)
-    other = records(ctx).of_sandbox(sandbox.uuid)
+    other = records(ctx).find_of_sandbox(sandbox.uuid)
     if other is not None:
         raise WorkspaceRefused(f"sandbox {sandbox.vmid} has {other.title} already; a sandbox has one workspace at most")
     until = sandbox.lease_expires_at if ttl is None else ctx.clock.now() + ttl
@@ -314,7 +314,7 @@ def of_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str | None)
 
     A workspace that an earlier, killed run assigned is returned as well.
     """
-    disk = records(ctx).of_sandbox(sandbox.uuid)
+    disk = records(ctx).find_of_sandbox(sandbox.uuid)
     if disk is None and which is not None:
         disk = assign(ctx, claim, sandbox, select(ctx, which))
     return disk
@@ -613,7 +613,7 @@ def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
 
     Called before the VM is stopped or a disk detached. Returns False when the records alone decided (no workspaces).
     """
-    own = records(ctx).of_sandbox(sandbox.uuid)
+    own = records(ctx).find_of_sandbox(sandbox.uuid)
     if own is not None:
         refuse_snapshots(ctx, sandbox, located, own)
         _refuse_lost(ctx, sandbox, own, str(located.node))
@@ -657,7 +657,7 @@ def released(ctx: Context, claim: Claim | None, sandbox: Sandbox) -> Workspace |
 
     The next attachment checks whether another VM has the volume.
     """
-    disk = records(ctx).of_sandbox(sandbox.uuid)
+    disk = records(ctx).find_of_sandbox(sandbox.uuid)
     if disk is None:
         return None
     return records(ctx).change(

@@ -134,7 +134,7 @@ class Conditions:
     def _check_records(self) -> Iterator[Condition]:
         service = self._service
         database = service.base.database
-        replaced = database.replaced()
+        replaced = database.explain_replacement()
         if replaced:
             yield Condition(
                 "records",
@@ -178,7 +178,7 @@ class Conditions:
                 "look at agentlab cleanup run --dry-run, then agentlab cleanup release",
                 _parse_time(frozen["at"]),
             )
-        seconds_ahead = database.clock_difference()
+        seconds_ahead = database.read_clock_difference()
         if abs(seconds_ahead) > timeguard.JUMP_SECONDS:
             yield Condition(
                 "clock",
@@ -198,7 +198,7 @@ class Conditions:
             )
         stuck = [
             operation
-            for operation in service.base.records.interrupted()
+            for operation in service.base.records.list_interrupted()
             if operation.updated_at < service.base.clock.now() - _INTERRUPTED_SECONDS
         ]
         if stuck:
@@ -227,7 +227,7 @@ class Conditions:
     def _check_sandboxes(self) -> Iterator[Condition]:
         service = self._service
         service.problems.forget_met_before("expiry", service.read_last_pass)
-        problems = service.problems.list_lasting(lambda: overview.generations(service.base.records))
+        problems = service.problems.list_lasting(lambda: overview.read_generations(service.base.records))
         if problems:
             some = "; ".join(f"{problem.what} ({job}): {problem.why}" for job, problem in problems[:_MOST_NAMED])
             more = f"; and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""

@@ -191,7 +191,7 @@ class Scheduler:
         ctx = self.service.make_context("agentlabd")
         # Also stores the newest event, and detects an older copy of the records.
         timeguard.hold_leases(ctx)
-        due = overview.next_lease_end(ctx.records)
+        due = overview.read_next_lease_end(ctx.records)
         if due is not None and due <= ctx.clock.now():
             expiry = lease.expire(ctx, stop_vms=False)
             if expiry.suspended:
@@ -208,8 +208,8 @@ class Scheduler:
             if not expiry.expired and all(outcome.failed for outcome in expiry.renewed):
                 # Other runs work on these sandboxes, and may have ended in a second.
                 return min(longest, 1.0) if not expiry.failed else longest
-            due = overview.next_lease_end(ctx.records)
-        return longest if due is None else min(longest, max(0.05, due - ctx.database.wall_time()))
+            due = overview.read_next_lease_end(ctx.records)
+        return longest if due is None else min(longest, max(0.05, due - ctx.database.read_wall_time()))
 
     def _stop_vm(self, ctx: Context, sandbox: Sandbox) -> None:
         """Stop the VM of an expired sandbox in a thread of its own."""
@@ -221,7 +221,7 @@ class Scheduler:
                 if problem in (lease.NO_VM, lease.ANOTHER_VM):
                     return
                 why = f"its lease is over, but its VM was not stopped: {problem}"
-                met_at = self.service.base.database.wall_time()
+                met_at = self.service.base.database.read_wall_time()
                 self.service.problems.add_problem(
                     "expiry", Problem(f"sandbox {sandbox.vmid}", why, sandbox.uuid, met_at=met_at)
                 )
@@ -259,7 +259,7 @@ class Scheduler:
 
     def _reconcile_records(self) -> list[reconcile.Drift]:
         """Make one pass over records and VMs, and note its result."""
-        began = self.service.base.database.wall_time()
+        began = self.service.base.database.read_wall_time()
         drifts = reconcile.run(self.service.make_context("agentlabd"), apply=True, known_vms=self.service.known_vms)
         self.service.note_reconciled(drifts, began)
         return drifts
@@ -313,7 +313,7 @@ class Scheduler:
         if not self._try_to_lead("reconcile"):
             return True
         try:
-            interrupted = {operation.sandbox_uuid for operation in self.service.base.records.interrupted()}
+            interrupted = {operation.sandbox_uuid for operation in self.service.base.records.list_interrupted()}
         except AgentlabError:
             return False
         fresh = bool(interrupted - self._interrupted)
@@ -340,7 +340,10 @@ class Scheduler:
 
     def _finish_own_files(self) -> None:
         """Close the records that wait for a snippet on this host, if there are new ones or the interval is over."""
-        waiting = {sandbox.uuid for sandbox in overview.waiting_for_snippet(self.service.base.records, holders.host())}
+        waiting = {
+            sandbox.uuid
+            for sandbox in overview.list_waiting_for_snippet(self.service.base.records, holders.read_host_name())
+        }
         now = time.monotonic()
         # Retry an unfinished record only as often as a reconcile would.
         if waiting - self._waiting or (waiting and now - self._tried_at >= self.service.config.reconcile_interval):
@@ -372,7 +375,7 @@ class Scheduler:
                 functools.partial(self._plan_cleanup, policy), "a look at the cleanup's plan"
             )
             self.cleanup.next_run = due
-            pause = None if due is None else max(0.0, due - self.service.base.database.wall_time())
+            pause = None if due is None else max(0.0, due - self.service.base.database.read_wall_time())
             try:
                 await asyncio.wait_for(self._cleanup_event.wait(), pause)
                 # Rules and interval have changed.
@@ -395,10 +398,10 @@ class Scheduler:
         if not policy.enabled:
             return None
         try:
-            text = self.service.base.records.meta(_LAST_CLEANUP)
+            text = self.service.base.records.read_meta(_LAST_CLEANUP)
         except AgentlabError:
             text = None
-        now = int(self.service.base.database.wall_time())
+        now = int(self.service.base.database.read_wall_time())
         # A damaged value counts as "never": the run is due.
         last = int(text) if text and text.isdecimal() else None
         jitter = random.randint(0, policy.jitter)
@@ -431,4 +434,4 @@ class Scheduler:
             self.cleanup.last_run = int(time.time())
         self.service.metrics.durations.labels("cleanup").observe(time.monotonic() - began)
         with contextlib.suppress(AgentlabError):
-            self.service.base.records.set_meta(_LAST_CLEANUP, str(int(self.service.base.database.wall_time())))
+            self.service.base.records.set_meta(_LAST_CLEANUP, str(int(self.service.base.database.read_wall_time())))

@@ -32,10 +32,10 @@ class Scrape:
     def collect(self) -> Iterator[Metric]:
         service = self._service
         by_state = GaugeMetricFamily("agentlab_sandboxes", "Records by state", labels=["state"])
-        for state, count in overview.by_state(service.base.records).items():
+        for state, count in overview.count_by_state(service.base.records).items():
             by_state.add_metric([state], count)
         yield by_state
-        under_way, interrupted = service.base.records.unfinished()
+        under_way, interrupted = service.base.records.list_unfinished()
         yield GaugeMetricFamily(
             "agentlab_operations_in_progress", "Operations that are under way", value=len(under_way)
         )
@@ -61,7 +61,7 @@ class Scrape:
             takeovers.add_metric([duty], count)
         yield takeovers
         started = [operation.started_at for operation in (*under_way, *interrupted)]
-        age = max(0, int(database.wall_time()) - min(started)) if started else 0
+        age = max(0, int(database.read_wall_time()) - min(started)) if started else 0
         yield GaugeMetricFamily(
             "agentlab_oldest_operation_age_seconds", "Age of the oldest operation that is not finished", value=age
         )

@@ -155,7 +155,7 @@ class Service:
         at, messages = self._damage
         if not at or time.monotonic() - at > _DAMAGE_SECONDS:
             records = self.base.records
-            messages = [error.message for error in (*records.damage(), *Workspaces(records).damage())]
+            messages = [error.message for error in (*records.list_damage(), *Workspaces(records).list_damage())]
             self._damage = time.monotonic(), messages
         return messages
 
@@ -189,7 +189,7 @@ class Service:
     def read_last_pass(self) -> float | None:
         """Return when the last whole pass of reconcile of any daemon on these records began; None if not known."""
         try:
-            return float(self.base.records.meta(_LAST_PASS) or "")
+            return float(self.base.records.read_meta(_LAST_PASS) or "")
         except (AgentlabError, ValueError):
             return None
 
@@ -231,7 +231,7 @@ class Service:
     def compose_status(self) -> dict[str, Any]:
         """Return the answer to GET /v1/status, from the records and from memory."""
         records = self.base.records
-        under_way, interrupted = records.unfinished()
+        under_way, interrupted = records.list_unfinished()
         conditions = [condition.public() for condition in self.conditions.list_present()]
         statistics = self.base.client.statistics
         return {
@@ -241,7 +241,7 @@ class Service:
             "database": {
                 "path": self.config.database,
                 "schema": schema.VERSION,
-                "by_state": overview.by_state(records),
+                "by_state": overview.count_by_state(records),
             },
             "proxmox": {
                 "where": self.config.proxmox.where,

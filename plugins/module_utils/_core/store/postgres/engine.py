@@ -103,16 +103,18 @@ class NamedRow(tuple[Any, ...]):
 
 
 @lru_cache(256)
-def _row_class(names: tuple[str, ...]) -> type[NamedRow]:
+def _make_row_class(names: tuple[str, ...]) -> type[NamedRow]:
+    """Return the class of rows with these columns."""
     positions = {name: number for number, name in enumerate(names)}
     return type("NamedRow", (NamedRow,), {"__slots__": (), "names": positions})
 
 
 def _make_rows(cursor: Any) -> Callable[[Sequence[Any]], NamedRow]:
+    """Return the class for the rows of a cursor, as a row factory of psycopg does."""
     description = cursor.description
     if description is None:
         return NamedRow
-    return _row_class(tuple(column.name for column in description))
+    return _make_row_class(tuple(column.name for column in description))
 
 
 @lru_cache(512)
@@ -152,7 +154,7 @@ class ServerClock:
         self.own = own
 
     def now(self) -> int:
-        return int(self._database.server_time())
+        return int(self._database.read_server_time())
 
     def monotonic(self) -> float:
         return self.own.monotonic()
@@ -164,7 +166,7 @@ class ServerClock:
         self.own.sleep(seconds)
 
 
-def since_boot() -> float:
+def read_boot_seconds() -> float:
     """Return the seconds since boot, including sleep, so that a host that slept does not take old answers for new."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
@@ -224,12 +226,12 @@ class PostgresDatabase(GroupCommit):
             parameters = dict(conninfo.conninfo_to_dict(uri))
         except psycopg.Error as error:
             raise StoreError(
-                f"database {uri}: {_first_line(error)} (libpq {psycopg.pq.version() // 10000}). Correct the URI",
+                f"database {uri}: {_take_first_line(error)} (libpq {psycopg.pq.version() // 10000}). Correct the URI",
                 path=uri,
             ) from None
         if password is not None:
             parameters["password"] = password
-        parameters.setdefault("application_name", f"agentlab {holders.host().partition('/')[0]}"[:60])
+        parameters.setdefault("application_name", f"agentlab {holders.read_host_name().partition('/')[0]}"[:60])
         # Skip a standby after a failover: it would refuse the first write.
         parameters.setdefault("target_session_attrs", "read-write")
         parameters.setdefault("connect_timeout", _CONNECT_SECONDS)
@@ -305,7 +307,7 @@ class PostgresDatabase(GroupCommit):
                 connection.close()
                 raise
             self._reader = connection
-            version = self._judge(row) if row is not None else 0
+            version = self._learn_server(row) if row is not None else 0
             if version < schema.VERSION:
                 if self._dry_run:
                     raise StoreError(
@@ -315,12 +317,12 @@ class PostgresDatabase(GroupCommit):
                     )
                 self._migrate(connection)
 
-    def _judge(self, row: Any) -> int:
+    def _learn_server(self, row: Any) -> int:
         """Store the server's clock and version, and return the schema's version.
 
         Raises StoreError for an unknown version.
         """
-        self._offset = (float(row[0]) - since_boot(), since_boot())
+        self._offset = (float(row[0]) - read_boot_seconds(), read_boot_seconds())
         self.server_version = str(row[3])
         version = int(row[1]) if row[1] is not None and str(row[1]).isdecimal() else 0
         if version > schema.VERSION:
@@ -332,7 +334,7 @@ class PostgresDatabase(GroupCommit):
         return version
 
     def _migrate(self, connection: Any) -> None:
-        """Bring the tables to the present version. Runs once, in the first process that comes."""
+        """Bring the tables to the present version. The first process that opens the database does this once."""
         try:
             with connection.transaction():
                 connection.execute(f"SELECT pg_advisory_xact_lock({_LOCK_SPACE}, {_MIGRATION})")
@@ -342,7 +344,7 @@ class PostgresDatabase(GroupCommit):
                 version = 0
                 # to_regclass finds the first such table on the search path.
                 if connection.execute("SELECT to_regclass('meta')").fetchone()[0] is not None:
-                    version = self._judge(connection.execute(_OPENING).fetchone())
+                    version = self._learn_server(connection.execute(_OPENING).fetchone())
                 encoding = connection.info.parameter_status("server_encoding")
                 if version == 0 and encoding not in _ENCODINGS:
                     raise StoreError(
@@ -351,7 +353,7 @@ class PostgresDatabase(GroupCommit):
                         path=self.path,
                     )
                 if version < schema.VERSION:
-                    for statement in own_schema.steps(version):
+                    for statement in own_schema.list_statements(version):
                         connection.execute(statement)
                     connection.execute(
                         "INSERT INTO meta (key, value) VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = "
@@ -362,14 +364,15 @@ class PostgresDatabase(GroupCommit):
         except errors.InsufficientPrivilege as error:
             raise StoreError(
                 f"database {self.path}: its tables are missing or of an older release, and this role may not change "
-                f"them ({_first_line(error)}). Run agentlabd --migrate-records with the migration role "
+                f"them ({_take_first_line(error)}). Run agentlabd --migrate-records with the migration role "
                 "(docs/controllers.md)",
                 path=self.path,
             ) from None
-        self._judge(connection.execute(_OPENING).fetchone())
+        self._learn_server(connection.execute(_OPENING).fetchone())
 
     @contextlib.contextmanager
     def _explain_errors(self) -> Iterator[None]:
+        """Turn every error of psycopg in the block into a StoreError."""
         try:
             yield
         except psycopg.Error as error:
@@ -400,26 +403,26 @@ class PostgresDatabase(GroupCommit):
 
     # ---- the server's clock ----
 
-    def clock(self, own: Clock) -> Clock:
+    def choose_clock(self, own: Clock) -> Clock:
         return ServerClock(self, own)
 
-    def server_time(self) -> float:
+    def read_server_time(self) -> float:
         """Return the server's time in seconds since the epoch. Without an answer, extrapolate from the last reading."""
         if self._offset is None:
             raise StoreError("the server's time was not read when the records were opened")
         offset, read_at = self._offset
-        if since_boot() - read_at > _CLOCK_SECONDS:
+        if read_boot_seconds() - read_at > _CLOCK_SECONDS:
             with contextlib.suppress(StoreError):
-                self._judge(self.read(_OPENING)[0])
+                self._learn_server(self.read(_OPENING)[0])
                 offset = self._offset[0]
-        return since_boot() + offset
+        return read_boot_seconds() + offset
 
-    def wall_time(self) -> float:
-        return self.server_time()
+    def read_wall_time(self) -> float:
+        return self.read_server_time()
 
-    def clock_difference(self) -> float:
+    def read_clock_difference(self) -> float:
         """Return by how many seconds this host's wall clock is ahead of the server's."""
-        return time.time() - self.server_time()
+        return time.time() - self.read_server_time()
 
     # ---- reading ----
 
@@ -438,12 +441,12 @@ class PostgresDatabase(GroupCommit):
                         self._reader = self._connect()
                     return list(map(make, Session(self._reader).execute(sql, values)))
                 except _LOST:
-                    self._reader = self._drop(self._reader)
+                    self._reader = self._drop_connection(self._reader)
                     if last:
                         raise
         raise AssertionError("unreachable")
 
-    def _drop(self, connection: Any) -> Any:
+    def _drop_connection(self, connection: Any) -> Any:
         """Close a broken connection, and return None to store in its place."""
         self.reconnects += 1
         if connection is not None:
@@ -463,11 +466,12 @@ class PostgresDatabase(GroupCommit):
                 self._refuse_ended()
                 session = Session(self._writer)
                 # A checked ``work`` raises only before its first write, so it needs no savepoint.
-                return work(session) if checked else self._in_savepoint(session, work)
+                return work(session) if checked else self._run_in_savepoint(session, work)
         with self._explain_errors():
             return self.enqueue(work)
 
-    def _in_savepoint(self, session: Session, work: Callable[[Any], T]) -> T:
+    def _run_in_savepoint(self, session: Session, work: Callable[[Any], T]) -> T:
+        """Run a write in a savepoint of its own. An exception rolls back only this write."""
         session.execute("SAVEPOINT queued_write")
         try:
             value = work(session)
@@ -478,7 +482,7 @@ class PostgresDatabase(GroupCommit):
         session.execute("RELEASE queued_write")
         return value
 
-    def interrupted(self) -> Exception:
+    def make_interruption_error(self) -> Exception:
         return psycopg.OperationalError("interrupted")
 
     def run_batch(self, batch: list[QueuedWrite]) -> None:
@@ -491,7 +495,7 @@ class PostgresDatabase(GroupCommit):
                     for queued in batch:
                         try:
                             queued.value = (
-                                self._in_savepoint(session, queued.work) if len(batch) > 1 else queued.work(session)
+                                self._run_in_savepoint(session, queued.work) if len(batch) > 1 else queued.work(session)
                             )
                         except (*_CONFLICTS, *_LOST):
                             raise
@@ -502,7 +506,7 @@ class PostgresDatabase(GroupCommit):
                 return
             except (*_CONFLICTS, *_LOST) as error:
                 # Do not wait a second time for a server that does not answer at all.
-                if attempt == _ATTEMPTS or isinstance(error, errors.LockNotAvailable) or _refused(error):
+                if attempt == _ATTEMPTS or isinstance(error, errors.LockNotAvailable) or _is_refused(error):
                     raise
                 self.retries += 1
                 time.sleep(random.uniform(0.01, 0.05) * 2**attempt)
@@ -510,16 +514,17 @@ class PostgresDatabase(GroupCommit):
     @contextlib.contextmanager
     def _transact(self) -> Iterator[Session]:
         """Run one transaction under the writer's lock. Called with this process's own writer lock held."""
-        connection = self._begin()
+        connection = self._begin_transaction()
         try:
             yield Session(connection)
             self._refuse_ended()
         except BaseException:
             self._roll_back(connection)
             raise
-        self._finish(connection)
+        self._commit_connection(connection)
 
-    def _begin(self) -> Any:
+    def _begin_transaction(self) -> Any:
+        """Begin a transaction, take the writer's lock, and return the connection. Raises StoreError."""
         self.waits_since = time.monotonic()
         try:
             if self._writer is None or self._writer.closed:
@@ -529,7 +534,7 @@ class PostgresDatabase(GroupCommit):
                 # Of the three statements only the last returns rows.
                 while cursor.nextset():
                     pass
-                version = self._judge(cursor.fetchone())
+                version = self._learn_server(cursor.fetchone())
                 if version < schema.VERSION:
                     raise StoreError(f"database {self.path}: its tables were replaced by older ones; run again")
             except BaseException:
@@ -540,9 +545,9 @@ class PostgresDatabase(GroupCommit):
             self.waits_since = None
 
     def _connect_writer(self) -> Any:
-        """Return a new connection for writing. Checks first whether the server still has this process's commits.
+        """Return a new connection for writing. Check first whether the server still has this process's commits.
 
-        After the next commit of this process that could not be seen any more.
+        The next commit of this process overwrites its number of commits, and with it the proof of a loss.
         """
         connection = self._connect()
         try:
@@ -559,11 +564,12 @@ class PostgresDatabase(GroupCommit):
             return
         rows = read("SELECT commits FROM controllers WHERE id = ?", self.controller)
         # Other controllers remove the row of a process that was silent for long.
-        missing = not rows and since_boot() - at < _FORGET_SECONDS / 2
+        missing = not rows and read_boot_seconds() - at < _FORGET_SECONDS / 2
         if missing or (rows and int(rows[0][0]) < number):
             self._lost_commits = True
 
     def _roll_back(self, connection: Any) -> None:
+        """Roll the transaction back. A broken connection is closed, and its server rolls back."""
         try:
             if not connection.closed:
                 connection.execute("ROLLBACK")
@@ -572,17 +578,17 @@ class PostgresDatabase(GroupCommit):
         else:
             if not connection.closed:
                 return
-        self._writer = self._drop(connection)
+        self._writer = self._drop_connection(connection)
 
     def _refuse_ended(self) -> None:
         """Raise when the server ended the transaction before its commit. Its writes are then rolled back."""
         if self._writer.info.transaction_status != psycopg.pq.TransactionStatus.INTRANS:
             raise psycopg.InternalError("the transaction was rolled back")
 
-    def _finish(self, connection: Any) -> None:
+    def _commit_connection(self, connection: Any) -> None:
         """Commit. When the answer is lost, look up whether the commit was carried out."""
         number = self._commits = self._commits + 1
-        host = holders.host().replace("'", "")
+        host = holders.read_host_name().replace("'", "")
         try:
             cursor = connection.execute(
                 f"INSERT INTO controllers VALUES ('{self.controller}', '{host}', {number}, {_EPOCH}) ON CONFLICT (id) "
@@ -597,7 +603,7 @@ class PostgresDatabase(GroupCommit):
             if not self._was_committed(number):
                 raise
         self._registered = True
-        self._confirmed = (number, since_boot())
+        self._confirmed = (number, read_boot_seconds())
 
     def _was_committed(self, number: int) -> bool:
         """Return whether a commit without an answer was carried out. Raises when the server does not answer."""
@@ -614,14 +620,14 @@ class PostgresDatabase(GroupCommit):
                 last = cursor.fetchone()[0]
                 return last is not None and last >= number
             except _LOST:
-                self._writer = self._drop(self._writer)
+                self._writer = self._drop_connection(self._writer)
                 if attempt == _ATTEMPTS:
                     raise
                 time.sleep(0.2 * 2**attempt)
         raise AssertionError("unreachable")
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def group_writes(self) -> Iterator[None]:
         """Group all writes of this thread into one transaction. Report nothing as done until the block has ended."""
         with self._explain_errors(), self._writer_lock, self._transact():
             self._together = threading.get_ident()
@@ -632,7 +638,7 @@ class PostgresDatabase(GroupCommit):
 
     @contextlib.contextmanager
     def freeze(self) -> Iterator[None]:
-        with self.together():
+        with self.group_writes():
             # The transaction is idle while the other database writes.
             self._writer.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
             yield
@@ -656,18 +662,19 @@ class PostgresDatabase(GroupCommit):
         # After a restart of the server give every controller time for a new heartbeat.
         began = "extract(epoch FROM pg_postmaster_start_time())::float8"
         rows = list(read(f"SELECT greatest(seen_at, {began}) FROM controllers WHERE id = ?", [controller]))
-        return not rows or float(rows[0][0]) < self.server_time() - DEAD_SECONDS
+        return not rows or float(rows[0][0]) < self.read_server_time() - DEAD_SECONDS
 
     def keep_alive(self) -> None:
         with self._reader_lock:
             if self._beating is None and not self._closed.is_set():
-                self._beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+                self._beating = threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True)
                 self._beating.start()
 
     def write_later(self, sql: str, values: Sequence[Any]) -> None:
         self._later.append((sql, values))
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
+        """Renew this process's heartbeat until it closes, and run the statements of ``write_later``."""
         connection: Any = None
         pause = HEARTBEAT_SECONDS
         while not self._closed.wait(pause):
@@ -684,10 +691,10 @@ class PostgresDatabase(GroupCommit):
                 connection.execute(f"DELETE FROM controllers WHERE seen_at < {_EPOCH} - %s", [_FORGET_SECONDS])
                 pause = HEARTBEAT_SECONDS
             except psycopg.Error:
-                connection = self._drop(connection)
+                connection = self._drop_connection(connection)
                 pause = 1.0
         if connection is not None:
-            self._drop(connection)
+            self._drop_connection(connection)
 
     # ---- jobs that one controller does ----
 
@@ -706,7 +713,7 @@ class PostgresDatabase(GroupCommit):
                     self._leads.add(job)
             except _LOST:
                 self._leads.clear()
-                self._leader = self._drop(self._leader)
+                self._leader = self._drop_connection(self._leader)
                 raise
             return job in self._leads
 
@@ -742,17 +749,17 @@ class PostgresDatabase(GroupCommit):
 
     # ---- the rest of the port ----
 
-    def replaced(self) -> str | None:
+    def explain_replacement(self) -> str | None:
         return None
 
-    def lost_commits(self) -> bool:
+    def has_lost_commits(self) -> bool:
         self._compare_commits(self.read)
         return self._lost_commits
 
     def forget_lost_commits(self) -> None:
         self._lost_commits, self._confirmed = False, (0, 0.0)
 
-    def latest_event(self) -> int:
+    def read_latest_event(self) -> int:
         # The sequence stays when retention removes events. Without the right to read it use the newest event.
         rows = self.read(
             "SELECT COALESCE(pg_sequence_last_value(pg_get_serial_sequence('events', 'id')), (SELECT max(id) FROM "
@@ -760,7 +767,7 @@ class PostgresDatabase(GroupCommit):
         )
         return int(rows[0][0])
 
-    def noted_event(self) -> int | None:
+    def read_noted_event(self) -> int | None:
         return None
 
     def note_event(self, event: int) -> None:
@@ -769,7 +776,7 @@ class PostgresDatabase(GroupCommit):
     def limit_cache(self, kib: int) -> None:
         """Do nothing: the server caches the pages."""
 
-    def integrity(self) -> str:
+    def check_integrity(self) -> str:
         return "ok"
 
     def close(self) -> None:
@@ -788,7 +795,7 @@ class PostgresDatabase(GroupCommit):
                     connection.close()
 
 
-def _refused(error: Exception) -> bool:
+def _is_refused(error: Exception) -> bool:
     """Return whether no connection was made at all: no server listens, or no server accepts writes."""
     return (
         isinstance(error, psycopg.OperationalError)
@@ -799,5 +806,5 @@ def _refused(error: Exception) -> bool:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _take_first_line(error: Exception) -> str:
     return refusals.describe(error)[0]

@@ -42,12 +42,12 @@ def examine(database: Engine) -> dict[str, Any]:
     Raises StoreError when the server does not answer.
     """
     facts = dict(database.read(_QUERY)[0])
-    facts["clock_difference"] = int(database.clock_difference())
-    facts["verified"] = _verification(database.path) == "verify-full"
+    facts["clock_difference"] = int(database.read_clock_difference())
+    facts["verified"] = _read_sslmode(database.path) == "verify-full"
     return facts
 
 
-def _verification(uri: str) -> str:
+def _read_sslmode(uri: str) -> str:
     """Return the sslmode of connections with this URI. It may also come from PGSSLMODE."""
     from psycopg import conninfo, pq
 

@@ -44,7 +44,7 @@ def translate(statement: str) -> str:
     return statement
 
 
-def steps(version: int) -> list[str]:
+def list_statements(version: int) -> list[str]:
     """Return the statements that migrate the tables from ``version`` (0: no tables) to the present version."""
     statements = list(OWN_TABLES) if version == 0 else []
     for step in schema.MIGRATIONS[version:]:

@@ -28,7 +28,7 @@ from . import latest
 T = TypeVar("T")
 
 BUSY_SECONDS = 60.0
-# SQLite's own wait in a statement that _patiently repeats. A longer one would add to BUSY_SECONDS.
+# SQLite's own wait in a statement that _retry_while_locked repeats. A longer one would add to BUSY_SECONDS.
 _STEP_SECONDS = 1.0
 LIBRARY = sqlite3.sqlite_version
 
@@ -170,26 +170,26 @@ class Database(GroupCommit):
             )
         no_file = None if path == ":memory:" else _why_no_file(path)
         if no_file:
-            # SQLite opens a device, and then its mode would be narrowed: that of /dev/null, for every user of the host.
+            # SQLite would open a device, and _narrow_mode would then change the mode of /dev/null for the whole host.
             raise StoreError(f"database {path}: {no_file}", path=path)
         # All steps of opening together wait no longer than BUSY_SECONDS.
         deadline = time.monotonic() + BUSY_SECONDS
         try:
             if dry_run:
                 self._reader_lock = self._writer_lock
-                self._writer = self._reader = self._look_only(deadline)
+                self._writer = self._reader = self._open_for_check_mode(deadline)
             else:
                 self._create_file(group_mode)
-                before = _file_identity(path)
+                before = _read_file_identity(path)
                 self._writer = self._connect(path, deadline)
                 # Change the mode only now, after the file was recognised as ours.
-                self._narrow()
+                self._narrow_mode()
                 self._migrate(self._writer, deadline)
                 self._reader = self._connect(path, deadline)
                 # Reads are not repeated, so SQLite itself waits for them.
                 self._reader.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
                 # SQLite creates the -wal at the first read, and deletes it when the last connection closes.
-                self._opened = (before, _file_identity(f"{path}-wal"))
+                self._opened = (before, _read_file_identity(f"{path}-wal"))
                 self._refuse_replaced()
         except (sqlite3.Error, OSError) as error:
             raise explain(path, error) from error
@@ -204,13 +204,14 @@ class Database(GroupCommit):
         conn.execute("PRAGMA foreign_keys = ON")
         if path != ":memory:":
             # Check for a foreign file before the first pragma that writes: switching it to WAL would change it.
-            _patiently(lambda: Database._refuse_foreign(path, conn), deadline)
-            _patiently(lambda: conn.execute("PRAGMA journal_mode = WAL"), deadline)
+            _retry_while_locked(lambda: Database._refuse_foreign(path, conn), deadline)
+            _retry_while_locked(lambda: conn.execute("PRAGMA journal_mode = WAL"), deadline)
             # FULL puts each commit on the disk before Proxmox receives the request that the commit announces.
-            _patiently(lambda: conn.execute("PRAGMA synchronous = FULL"), deadline)
+            _retry_while_locked(lambda: conn.execute("PRAGMA synchronous = FULL"), deadline)
         return conn
 
     def _create_file(self, group_mode: bool) -> None:
+        """Create the file with mode 0600 (0660 with ``group_mode``) if it is missing, and its missing folders."""
         folder = os.path.dirname(os.path.abspath(self.path))
         os.makedirs(folder, mode=0o750 if group_mode else 0o700, exist_ok=True)
         mode = 0o660 if group_mode else 0o600
@@ -221,7 +222,7 @@ class Database(GroupCommit):
         os.fchmod(fd, mode)
         os.close(fd)
 
-    def _narrow(self) -> None:
+    def _narrow_mode(self) -> None:
         """Remove access for others. A person may have widened the mode, or restored the file from a backup."""
         for path in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
             with contextlib.suppress(PermissionError, FileNotFoundError):
@@ -229,7 +230,7 @@ class Database(GroupCommit):
                 if mode & 0o007:
                     os.chmod(path, mode & ~0o007)
 
-    def _look_only(self, deadline: float) -> sqlite3.Connection:
+    def _open_for_check_mode(self, deadline: float) -> sqlite3.Connection:
         """Return the connection for check mode, which creates, migrates and writes no file.
 
         Check mode reads the file directly. The first write switches to an in-memory copy.
@@ -250,7 +251,7 @@ class Database(GroupCommit):
         )
         source.row_factory = sqlite3.Row
         try:
-            _patiently(lambda: self._refuse_foreign(self.path, source), deadline)
+            _retry_while_locked(lambda: self._refuse_foreign(self.path, source), deadline)
             source.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
             if source.execute("PRAGMA user_version").fetchone()[0] == schema.VERSION:
                 self._untouched = True
@@ -258,9 +259,10 @@ class Database(GroupCommit):
         except BaseException:
             source.close()
             raise
-        return self._copy(source)
+        return self._copy_to_memory(source)
 
-    def _copy(self, source: sqlite3.Connection) -> sqlite3.Connection:
+    def _copy_to_memory(self, source: sqlite3.Connection) -> sqlite3.Connection:
+        """Return a connection to an in-memory copy of the source, migrated. Closes the source."""
         memory = self._connect(":memory:")
         try:
             source.backup(memory)
@@ -275,11 +277,12 @@ class Database(GroupCommit):
         Called with the writer's lock held.
         """
         if self._untouched:
-            self._writer = self._reader = self._copy(self._reader)
+            self._writer = self._reader = self._copy_to_memory(self._reader)
             self._untouched = False
 
     @staticmethod
     def _refuse_foreign(path: str, conn: sqlite3.Connection) -> None:
+        """Raise StoreError for the file of another program, or of a newer release."""
         # Read the tables first and the id second. Our first step writes both at once, so a reader that sees our tables
         # sees our id as well, even while another run creates them.
         tables = conn.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
@@ -299,7 +302,7 @@ class Database(GroupCommit):
 
     def _migrate(self, conn: sqlite3.Connection, deadline: float | None = None) -> None:
         versions: list[int] = []
-        _patiently(lambda: versions.append(conn.execute("PRAGMA user_version").fetchone()[0]), deadline)
+        _retry_while_locked(lambda: versions.append(conn.execute("PRAGMA user_version").fetchone()[0]), deadline)
         if versions[-1] == schema.VERSION:
             return
         for number, step in enumerate(schema.MIGRATIONS, 1):
@@ -315,20 +318,20 @@ class Database(GroupCommit):
 
     # ---- functions that only an engine on a server needs ----
 
-    def clock(self, own: Clock) -> Clock:
+    def choose_clock(self, own: Clock) -> Clock:
         return own
 
-    def wall_time(self) -> float:
+    def read_wall_time(self) -> float:
         return time.time()
 
-    def clock_difference(self) -> float:
+    def read_clock_difference(self) -> float:
         return 0.0
 
     def is_abandoned(self, process: str, read: Callable[[str, Sequence[Any]], Sequence[Any]]) -> bool:
         return False
 
     def freeze(self) -> contextlib.AbstractContextManager[None]:
-        return self.together()
+        return self.group_writes()
 
     def set_counters(self, conn: sqlite3.Connection, counters: dict[str, int]) -> None:
         for table, number in counters.items():
@@ -348,7 +351,7 @@ class Database(GroupCommit):
 
     # ---- use ----
 
-    def replaced(self) -> str | None:
+    def explain_replacement(self) -> str | None:
         """Return the message for a file that was deleted, moved or replaced since it was opened; None otherwise.
 
         SQLite keeps using the file that it opened. A commit succeeds, but no process that opens the path can read it.
@@ -357,7 +360,7 @@ class Database(GroupCommit):
             return None
         # Two calls of stat cost microseconds, far less than the sync of a commit.
         for path, opened in zip((self.path, f"{self.path}-wal"), self._opened, strict=True):
-            if opened is not None and _file_identity(path) != opened:
+            if opened is not None and _read_file_identity(path) != opened:
                 return (
                     f"database {self.path}: {path} was deleted, moved or replaced while this process had it open; "
                     "nothing is written any more. End everything that uses the records, put the right file in place "
@@ -366,7 +369,8 @@ class Database(GroupCommit):
         return None
 
     def _refuse_replaced(self) -> None:
-        sentence = self.replaced()
+        """Raise StoreError if the file was deleted, moved or replaced since it was opened."""
+        sentence = self.explain_replacement()
         if sentence:
             raise StoreError(sentence, path=self.path, replaced=True)
 
@@ -411,7 +415,7 @@ class Database(GroupCommit):
         """
         if self._together == threading.get_ident():
             try:
-                return self._checked(work) if checked else self._in_savepoint(work)
+                return self._run_checked(work) if checked else self._run_in_savepoint(work)
             except sqlite3.Error as error:
                 if not self._writer.in_transaction:
                     self._broken = self._broken or error
@@ -422,7 +426,7 @@ class Database(GroupCommit):
             raise explain(self.path, error) from error
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def group_writes(self) -> Iterator[None]:
         """Group all writes of this thread into one transaction. Report nothing as done until the block has ended.
 
         If the commit fails, or SQLite aborts a write halfway, nothing was written. A refused write rolls back only
@@ -438,12 +442,13 @@ class Database(GroupCommit):
                         yield
                     finally:
                         self._together = None
-                    self._still_open()
+                    self._refuse_rolled_back()
         except sqlite3.Error as error:
             raise explain(self.path, error) from error
 
-    def _checked(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        self._still_open()
+    def _run_checked(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a write that raises only before its first statement that writes, so it needs no savepoint."""
+        self._refuse_rolled_back()
         before = self._writer.total_changes
         try:
             return work(self._writer)
@@ -454,12 +459,14 @@ class Database(GroupCommit):
                 self._writer.execute("ROLLBACK")
             raise
 
-    def _still_open(self) -> None:
+    def _refuse_rolled_back(self) -> None:
+        """Raise the error that rolled the transaction back before its end, if there was one."""
         if not self._writer.in_transaction:
             raise self._broken or sqlite3.OperationalError("the transaction was rolled back")
 
-    def _in_savepoint(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        self._still_open()
+    def _run_in_savepoint(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a write in a savepoint of its own. An exception rolls back only this write."""
+        self._refuse_rolled_back()
         self._writer.execute("SAVEPOINT job")
         try:
             return work(self._writer)
@@ -478,13 +485,13 @@ class Database(GroupCommit):
             for job in batch:
                 try:
                     # A single write needs no savepoint: the whole transaction is rolled back with it.
-                    job.value = self._in_savepoint(job.work) if len(batch) > 1 else job.work(self._writer)
+                    job.value = self._run_in_savepoint(job.work) if len(batch) > 1 else job.work(self._writer)
                 except Exception as error:
                     job.error = error
                     if len(batch) == 1 or not self._writer.in_transaction:
                         raise
 
-    def interrupted(self) -> Exception:
+    def make_interruption_error(self) -> Exception:
         return sqlite3.OperationalError("interrupted")
 
     def limit_cache(self, kib: int) -> None:
@@ -496,41 +503,41 @@ class Database(GroupCommit):
             with lock:
                 conn.execute(f"PRAGMA cache_size = -{int(kib)}")
 
-    def integrity(self) -> str:
+    def check_integrity(self) -> str:
         """Return ``ok``, or the result of SQLite's own check."""
         return "; ".join(str(row[0]) for row in self.read("PRAGMA quick_check"))
 
-    def latest_event(self) -> int:
+    def read_latest_event(self) -> int:
         """Return the id of the newest event that these records ever had, 0 without one."""
         # SQLite's own counter stays when retention removes events.
         rows = self.read("SELECT c.seq FROM sqlite_sequence AS c WHERE c.name = 'events'")
         return int(rows[0][0]) if rows and isinstance(rows[0][0], int) else 0
 
-    def lost_commits(self) -> bool:
+    def has_lost_commits(self) -> bool:
         return False
 
     def forget_lost_commits(self) -> None:
         """Do nothing: a file loses no commits while a process has it open."""
 
-    def noted_event(self) -> int | None:
-        return None if self.path == ":memory:" else latest.read(self.path) or 0
+    def read_noted_event(self) -> int | None:
+        return None if self.path == ":memory:" else latest.read_note(self.path) or 0
 
     def note_event(self, event: int) -> None:
-        latest.write(self.path, event)
+        latest.write_note(self.path, event)
 
     def close(self) -> None:
-        if self._wrote and self._opened is not None and not self.replaced():
+        if self._wrote and self._opened is not None and not self.explain_replacement():
             with contextlib.suppress(StoreError):
-                event = self.latest_event()
+                event = self.read_latest_event()
                 # Do not lower the note for an older copy of the file before timeguard has detected that copy.
-                if event >= (latest.read(self.path) or 0):
-                    latest.write(self.path, event)
+                if event >= (latest.read_note(self.path) or 0):
+                    latest.write_note(self.path, event)
         for conn in (self._reader, self._writer):
             with contextlib.suppress(sqlite3.Error):
                 conn.close()
 
 
-def _patiently(call: Callable[[], Any], deadline: float | None = None) -> None:
+def _retry_while_locked(call: Callable[[], Any], deadline: float | None = None) -> None:
     """Run ``call``, and repeat it while the database is locked, until ``deadline`` or for BUSY_SECONDS.
 
     ``deadline`` is in monotonic seconds. SQLite's busy_timeout does not cover every case: the switch to WAL, the
@@ -549,7 +556,8 @@ def _patiently(call: Callable[[], Any], deadline: float | None = None) -> None:
 
 @contextlib.contextmanager
 def _transaction(conn: sqlite3.Connection, deadline: float | None = None) -> Iterator[None]:
-    _patiently(lambda: conn.execute("BEGIN IMMEDIATE"), deadline)
+    """Commit when the block ends, and roll back after an exception. ``deadline`` is in monotonic seconds."""
+    _retry_while_locked(lambda: conn.execute("BEGIN IMMEDIATE"), deadline)
     try:
         yield
         conn.execute("COMMIT")
@@ -559,7 +567,7 @@ def _transaction(conn: sqlite3.Connection, deadline: float | None = None) -> Ite
         raise
 
 
-def _file_identity(path: str) -> tuple[int, int] | None:
+def _read_file_identity(path: str) -> tuple[int, int] | None:
     """Return device and inode of the file that the path leads to now, or None without a file."""
     try:
         status = os.stat(path)

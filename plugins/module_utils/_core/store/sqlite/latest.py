@@ -15,17 +15,17 @@ import stat
 import tempfile
 
 
-def path_of(database: str) -> str:
+def make_note_path(database: str) -> str:
     """Return the path of the note for a database file."""
     folder, name = os.path.split(os.path.abspath(database))
     return os.path.join(folder, f".{name}.latest")
 
 
-def read(database: str) -> int | None:
+def read_note(database: str) -> int | None:
     """Return the id of the newest event ever noted, or None without a readable note."""
     try:
         # O_NONBLOCK, because opening a FIFO would wait for a writer.
-        descriptor = os.open(path_of(database), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(make_note_path(database), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, encoding="ascii") as file:
             text = file.read(32).strip() if stat.S_ISREG(os.fstat(descriptor).st_mode) else ""
     except (OSError, UnicodeDecodeError):
@@ -33,9 +33,9 @@ def read(database: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def write(database: str, event: int) -> None:
+def write_note(database: str, event: int) -> None:
     """Write the id of the newest event. Without permission only the detection of older copies is lost."""
-    path = path_of(database)
+    path = make_note_path(database)
     with contextlib.suppress(OSError):
         like = os.stat(database)
         handle, fresh = tempfile.mkstemp(prefix=".agentlab-", dir=os.path.dirname(path))

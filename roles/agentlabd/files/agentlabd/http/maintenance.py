@@ -53,7 +53,7 @@ def reconcile_sandboxes(call: Call) -> Answer:
         raise InvalidInput("adopt_cluster: has an effect together with apply only", option="adopt_cluster")
     ctx = call.make_context(dry_run=not apply)
     checked = len(ctx.records.find_all())
-    began = ctx.database.wall_time()
+    began = ctx.database.read_wall_time()
     drifts = reconcile.run(ctx, apply=apply, adopt_cluster=adopt)
     if apply:
         call.service.note_reconciled(drifts, began)

@@ -45,7 +45,7 @@ def list_events(call: Call) -> Answer:
     ctx = call.make_context()
     ctx.select(call.vmid)
     after = call.query.get("after", 0)
-    events = history.events(
+    events = history.read_events(
         ctx.database, vmid=call.vmid, after=after, tail=call.query.get("tail"), limit=call.query.get("limit", 1000)
     )
     return Answer(

@@ -19,7 +19,7 @@ def healthz(call: Call) -> Answer:
 
 def status(call: Call) -> Answer:
     service = call.service
-    events = history.events(service.base.database, tail=upstream.EVENTS_LOOKED_THROUGH)
+    events = history.read_events(service.base.database, tail=upstream.EVENTS_LOOKED_THROUGH)
     return Answer(
         upstream.describe_status(service.compose_status(), events, metrics=service.config.metrics_listen is not None)
     )
