@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The entry point. It answers what needs no command tree before it loads the libraries for one."""
+"""The entry point. It prints the version before it loads the libraries of the command tree."""
 
 from __future__ import annotations
 

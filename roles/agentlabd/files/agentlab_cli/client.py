@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import Problem, TimedOut, Unreachable
-from .text import one_line, time_limit
+from .text import format_time_limit, join_lines
 
 if TYPE_CHECKING:
     import http.client
@@ -55,21 +55,21 @@ class Client:
     timeout: float | None = None
 
     def get(self, *parts: object, **query: object) -> Answer:
-        return self.request("GET", _build_target(parts, query), None, READ_TIMEOUT)
+        return self.send_request("GET", _build_target(parts, query), None, READ_TIMEOUT)
 
-    def ask(self, *parts: object, **query: object) -> Answer:
-        """Send a GET like ``get``, for data that the daemon first reads from Proxmox."""
-        return self.request("GET", _build_target(parts, query), None, WORK_TIMEOUT)
+    def get_patiently(self, *parts: object, **query: object) -> Answer:
+        """Send a GET with the timeout for work, because the daemon first reads the data from Proxmox VE or a guest."""
+        return self.send_request("GET", _build_target(parts, query), None, WORK_TIMEOUT)
 
     def post(self, *parts: object, body: dict[str, Any] | None = None) -> Answer:
-        return self.request("POST", _build_path(parts), body, WORK_TIMEOUT)
+        return self.send_request("POST", _build_path(parts), body, WORK_TIMEOUT)
 
-    def request(self, method: str, target: str, body: dict[str, Any] | None, timeout: int) -> Answer:
-        """Return the daemon's answer, whatever its status.
+    def send_request(self, method: str, target: str, body: dict[str, Any] | None, timeout: int) -> Answer:
+        """Send a request and return the daemon's answer, whatever its status. ``timeout`` is in seconds.
 
-        Raises Unreachable, with the remedy, when there is no answer or no valid one.
+        Raises Unreachable, with the remedy, when there is no answer or no valid one, and TimedOut.
         """
-        return self._judge(method, target, self._exchange(method, target, body, timeout))
+        return self._check_answer(method, target, self._exchange(method, target, body, timeout))
 
     def send_file(self, parts: Iterable[bytes], length: int | None, *path: object, **query: object) -> Answer:
         """Send a file as the body of a PUT. Without a length it is sent in chunks."""
@@ -77,18 +77,18 @@ class Client:
         if length is not None:
             headers["Content-Length"] = str(length)
         target = _build_target(path, query)
-        with self._exchanging(WORK_TIMEOUT) as connection:
+        with self._open_connection(WORK_TIMEOUT) as connection:
             # A daemon that refuses a file answers early and reads no further.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request("PUT", target, parts, {**_HEADERS, **headers}, encode_chunked=length is None)
             response = connection.getresponse()
             raw = response.read()
-        return self._judge("PUT", target, Answer(response.status, raw, _parse(raw)))
+        return self._check_answer("PUT", target, Answer(response.status, raw, _parse(raw)))
 
     def receive_file(
         self, write: Callable[[bytes], None], *path: object, **query: object
     ) -> tuple[Answer | None, dict[str, str]]:
-        """Pass the parts of a file to ``write``; return the headers, or the answer if it is an error.
+        """Pass the parts of a file to ``write``. Return the answer if it is an error (else None), and the headers.
 
         Raises Unreachable when the file ends too early, or when its checksum differs from the guest's.
         """
@@ -96,13 +96,13 @@ class Client:
 
         target = _build_target(path, query)
         digest = hashlib.sha256()
-        with self._exchanging(WORK_TIMEOUT) as connection:
+        with self._open_connection(WORK_TIMEOUT) as connection:
             connection.request("GET", target, None, _HEADERS)
             response = connection.getresponse()
             headers = {name.lower(): value for name, value in response.getheaders()}
             if response.status != 200 or "x-agentlab-sha256" not in headers:
                 raw = response.read()
-                return self._judge("GET", target, Answer(response.status, raw, _parse(raw))), headers
+                return self._check_answer("GET", target, Answer(response.status, raw, _parse(raw))), headers
             while part := response.read(65536):
                 digest.update(part)
                 write(part)
@@ -116,15 +116,15 @@ class Client:
         if body is not None:
             text = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
-        with self._exchanging(timeout) as connection:
+        with self._open_connection(timeout) as connection:
             connection.request(method, target, text, headers)
             response = connection.getresponse()
             raw = response.read()
         return Answer(response.status, raw, _parse(raw))
 
     @contextlib.contextmanager
-    def _exchanging(self, timeout: int) -> Iterator[http.client.HTTPConnection]:
-        """Yield a connection for one request and its answer. Raises Unreachable or TimedOut with what went wrong."""
+    def _open_connection(self, timeout: int) -> Iterator[http.client.HTTPConnection]:
+        """Yield a connection for one request and its answer. Errors in the block become Unreachable or TimedOut."""
         import http.client
 
         # --timeout 0 means no limit.
@@ -141,10 +141,10 @@ class Client:
             yield connection
         except (http.client.HTTPException, OSError) as error:
             if limit and (over.is_set() or isinstance(error, TimeoutError)):
-                raise _time_out_error(limit) from error
+                raise _make_timeout_error(limit) from error
             if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
                 raise Unreachable(
-                    f"what listens on {one_line(self.path)} does not speak HTTP: it is not agentlabd. Check "
+                    f"what listens on {join_lines(self.path)} does not speak HTTP: it is not agentlabd. Check "
                     "--socket and AGENTLAB_SOCKET"
                 ) from error
             raise Unreachable(
@@ -158,7 +158,7 @@ class Client:
             connection.close()
         if over.is_set():
             # The timer ended a body without a length, which looks complete.
-            raise _time_out_error(limit or 0)
+            raise _make_timeout_error(limit or 0)
 
     def _connect(self, limit: float | None) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -170,7 +170,7 @@ class Client:
             raise Unreachable(_explain_connection_error(self.path, error, limit)) from error
         return sock
 
-    def _judge(self, method: str, target: str, answer: Answer) -> Answer:
+    def _check_answer(self, method: str, target: str, answer: Answer) -> Answer:
         """Return the answer if it is from agentlabd and its release knows the request. Raises Unreachable otherwise."""
         has_error_text = isinstance(answer.data, dict) and (answer.ok or isinstance(answer.data.get("error"), str))
         if has_error_text and answer.data.get("code") == "stopping":
@@ -179,7 +179,7 @@ class Client:
         if has_error_text and (answer.status not in (404, 405) or answer.data.get("code") not in _UNKNOWN_REQUEST):
             return answer
         if answer.status in (404, 405):
-            daemon_version = self._version()
+            daemon_version = self._read_daemon_version()
             if daemon_version is not None and daemon_version != __version__:
                 raise Unreachable(
                     f"the daemon (version {daemon_version}) does not know {method} {target.partition('?')[0]}, which "
@@ -191,12 +191,13 @@ class Client:
                 f"If it was upgraded, 'systemctl restart agentlabd'; this command line is version {__version__}"
             )
         raise Unreachable(
-            f"the answer of {one_line(self.path)} to {method} {target.partition('?')[0]} makes no sense "
+            f"the answer of {join_lines(self.path)} to {method} {target.partition('?')[0]} makes no sense "
             f"(status {answer.status}, {answer.body[:60]!r}): it is not agentlabd, or of a very different version. "
             "Check --socket and AGENTLAB_SOCKET, and 'journalctl -u agentlabd'"
         )
 
-    def _version(self) -> str | None:
+    def _read_daemon_version(self) -> str | None:
+        """Return the daemon's version, or None if it does not answer within two seconds."""
         try:
             status = Client(self.path, 2)._exchange("GET", "/v1/status", None, 2).data
         except Problem:
@@ -204,10 +205,10 @@ class Client:
         return str(status["version"]) if isinstance(status, dict) and status.get("version") else None
 
 
-def _time_out_error(limit: float) -> TimedOut:
+def _make_timeout_error(limit: float) -> TimedOut:
     return TimedOut(
-        f"the daemon did not answer within {time_limit(limit)} (--timeout). It goes on with what it was asked to do; "
-        "see 'agentlab sandbox list'"
+        f"the daemon did not answer within {format_time_limit(limit)} (--timeout). It goes on with what it was asked "
+        "to do; see 'agentlab sandbox list'"
     )
 
 
@@ -225,6 +226,7 @@ def _build_target(parts: tuple[object, ...], query: dict[str, object]) -> str:
 
 
 def _parse(raw: bytes) -> Any:
+    """Return the data of a JSON answer; None for any other bytes."""
     try:
         return json.loads(raw)
     except ValueError:
@@ -232,7 +234,7 @@ def _parse(raw: bytes) -> Any:
 
 
 def _shut_down_when_over(sock: socket.socket, over: threading.Event) -> None:
-    """Shut a connection down when its time is over, even in the middle of a read."""
+    """Shut a connection down because its time is over. That ends a read in another thread as well."""
     over.set()
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
@@ -240,17 +242,17 @@ def _shut_down_when_over(sock: socket.socket, over: threading.Event) -> None:
 
 def _explain_connection_error(path: str, error: OSError, limit: float | None) -> str:
     """Return why there is no connection, and what to do."""
-    shown = one_line(path)
+    shown = join_lines(path)
     if isinstance(error, PermissionError):
-        user = _current_user()
+        user = _read_current_user()
         return (
             f"{user} may not use the socket {shown}. Add the user to the group {GROUP} and log in again:\n"
             f"  sudo usermod -aG {GROUP} {user}"
         )
     if isinstance(error, TimeoutError):
         return (
-            f"the daemon accepted no connection on {shown} within {time_limit(limit or 0)} (--timeout): it hangs or is "
-            f"overloaded.\n{_LOOK}"
+            f"the daemon accepted no connection on {shown} within {format_time_limit(limit or 0)} (--timeout): it "
+            f"hangs or is overloaded.\n{_LOOK}"
         )
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return (
@@ -278,13 +280,14 @@ _START = (
 
 
 def _is_socket(path: str) -> bool:
+    """Return whether a path is a socket; True if that cannot be read."""
     try:
         return stat.S_ISSOCK(os.stat(path).st_mode)
     except OSError:
         return True
 
 
-def _current_user() -> str:
+def _read_current_user() -> str:
     import pwd
 
     try:

@@ -16,7 +16,7 @@ import click
 from .errors import REFUSED, Problem
 from .framework import Command, Settings, settings
 from .progress import Progress
-from .text import cell, one_line
+from .text import format_cell, join_lines
 
 
 @click.command(
@@ -50,13 +50,13 @@ def doctor(to: Settings, template: str | None, bundle: str | None, bundle_hosts:
     if bundle_hosts and not bundle:
         raise click.UsageError("--bundle-hosts is for --bundle")
     with Progress(lambda: "looking at configuration, records, Proxmox VE and daemon", enabled=not to.json):
-        answer = to.client.ask(
+        answer = to.client.get_patiently(
             "doctor",
             template=template,
             bundle="true" if bundle else None,
             bundle_hosts="true" if bundle_hosts else None,
         )
-    to.tell(answer, _format_findings)
+    to.show_answer(answer, _format_findings)
     if bundle:
         _write_private_file(bundle, answer.data["bundle"])
         click.echo(f"bundle written to {bundle}; look through it before you send it", err=True)
@@ -70,9 +70,12 @@ def _format_findings(data: dict[str, Any]) -> str:
     width = max((len(str(finding["check"])) for finding in findings), default=0)
     lines = []
     for finding in findings:
-        lines.append(f"{cell(finding['status']):<7}  {cell(finding['check']):<{width}}  {cell(finding['meaning'])}")
+        lines.append(
+            f"{format_cell(finding['status']):<7}  {format_cell(finding['check']):<{width}}  "
+            f"{format_cell(finding['meaning'])}"
+        )
         if finding["advice"] and finding["status"] != "ok":
-            lines.append(f"{'':<7}  {'':<{width}}  -> {cell(finding['advice'])}")
+            lines.append(f"{'':<7}  {'':<{width}}  -> {format_cell(finding['advice'])}")
     if data["pveum"] and any(
         finding["status"] != "ok" and finding["check"] in ("configuration", "privileges", "proxmox", "creation")
         for finding in findings
@@ -80,7 +83,7 @@ def _format_findings(data: dict[str, Any]) -> str:
         lines += [
             "",
             "A token with the least privileges, made as root on a node:",
-            *(f"  {cell(line)}" for line in data["pveum"]),
+            *(f"  {format_cell(line)}" for line in data["pveum"]),
         ]
     return "\n".join(lines)
 
@@ -95,5 +98,5 @@ def _write_private_file(path: str, content: Any) -> None:
         os.replace(fresh, path)
     except OSError as error:
         raise Problem(
-            f"--bundle {one_line(path)}: {error.strerror}; give a file in a folder that you may write to"
+            f"--bundle {join_lines(path)}: {error.strerror}; give a file in a folder that you may write to"
         ) from error

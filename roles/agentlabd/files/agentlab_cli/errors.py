@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import click
 
-from .text import clean
+from .text import clean_text
 
 REFUSED = 1
 USAGE = 2
@@ -30,7 +30,7 @@ class Problem(click.ClickException):
     exit_code = REFUSED
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"Error: {clean(self.message)}", file=file or sys.stderr)
+        click.echo(f"Error: {clean_text(self.message)}", file=file or sys.stderr)
 
 
 class Usage(Problem):

@@ -18,7 +18,7 @@ import click
 
 from .client import DEFAULT_SOCKET, Answer, Client
 from .errors import PARTLY, REFUSED, USAGE, Problem
-from .text import cell, one_line, seconds
+from .text import format_cell, join_lines, parse_duration
 
 # These classes are generic only in newer releases of click.
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Settings:
     def client(self) -> Client:
         return Client(self.socket or os.environ.get("AGENTLAB_SOCKET") or DEFAULT_SOCKET, self.timeout)
 
-    def tell(self, answer: Answer, text: Callable[[Any], str]) -> None:
+    def show_answer(self, answer: Answer, text: Callable[[Any], str]) -> None:
         """Show an answer: the API's own bytes for programs, ``text`` of its data for people.
 
         Raises Problem for a refusal.
@@ -58,7 +58,7 @@ class Settings:
             # bytes.
             click.echo(json.dumps(answer.data, indent=2) if sys.stdout.isatty() else answer.body.strip())
         if not answer.ok:
-            raise Problem(one_line(answer.data["error"]) + self._explain(answer))
+            raise Problem(join_lines(answer.data["error"]) + self._explain(answer))
         if not self.json:
             try:
                 shown = text(answer.data)
@@ -91,11 +91,12 @@ class Settings:
         except (Problem, KeyError, TypeError):
             return ""
         more = f" and {len(existing) - 10} more" if len(existing) > 10 else ""
-        names = f"{', '.join(map(one_line, existing[:10]))}{more}" if existing else "none"
-        return f"\nThere is no workspace {one_line(name)!r}. Workspaces: {names}. See 'agentlab workspace list --all'"
+        names = f"{', '.join(map(join_lines, existing[:10]))}{more}" if existing else "none"
+        return f"\nThere is no workspace {join_lines(name)!r}. Workspaces: {names}. See 'agentlab workspace list --all'"
 
 
 def _explain_mismatch(answer: Answer, error: Exception) -> Problem:
+    """Return the error for an answer in the form of another version."""
     from .errors import Unreachable
 
     return Unreachable(
@@ -109,14 +110,14 @@ def list_failures(items: list[dict[str, Any]] | None) -> list[tuple[object, str]
     return [(item.get("vmid"), str(item.get("message") or item.get("reason"))) for item in items or []]
 
 
-def finish(succeeded: int, failed: list[tuple[object, str]]) -> None:
-    """End a command on several items. Prints a line for each failure.
+def end_command(succeeded: int, failed: list[tuple[object, str]]) -> None:
+    """Print a line for each failure, and end the process if there is one.
 
-    The exit status is 1 when no item was done, and 4 when only some were.
+    ``failed`` holds VMID and reason of each item. The exit status is 1 when no item succeeded, and 4 when some did.
     """
     for vmid, reason in failed:
         named = re.search(rf"\b(sandbox|VM|VMID) {re.escape(str(vmid))}\b", reason) is not None
-        click.echo(f"Error: {'' if named else f'sandbox {vmid}: '}{one_line(reason)}", err=True)
+        click.echo(f"Error: {'' if named else f'sandbox {vmid}: '}{join_lines(reason)}", err=True)
     if failed:
         sys.stdout.flush()
         sys.exit(PARTLY if succeeded else REFUSED)
@@ -131,7 +132,7 @@ class Duration(_FloatType):
         if isinstance(value, (int, float)):
             return value
         try:
-            return 0 if value.strip() in ("0", "0s") else seconds(value.strip())
+            return 0 if value.strip() in ("0", "0s") else parse_duration(value.strip())
         except ValueError:
             self.fail(
                 f"{value!r} is not a time to wait. Valid: seconds as a number (30), or a duration such as 90s, 30m, "
@@ -161,7 +162,9 @@ class Vmid(_IntType):
             sandboxes = client.get("sandboxes").data["sandboxes"]
             typed = {str(vmid) for vmid in ctx.params.get(param.name or "") or ()} if param.nargs == -1 else set()
             return [
-                CompletionItem(str(sandbox["vmid"]), help=f"{cell(sandbox.get('name'))} {cell(sandbox.get('state'))}")
+                CompletionItem(
+                    str(sandbox["vmid"]), help=f"{format_cell(sandbox.get('name'))} {format_cell(sandbox.get('state'))}"
+                )
                 for sandbox in sandboxes
                 if str(sandbox["vmid"]).startswith(incomplete)
                 and str(sandbox["vmid"]) not in typed
@@ -223,7 +226,7 @@ class Known(_StrType):
             ]
         except (Problem, KeyError, TypeError):
             return []
-        return [CompletionItem(cell(name)) for name in names if name.startswith(incomplete)]
+        return [CompletionItem(format_cell(name)) for name in names if name.startswith(incomplete)]
 
 
 PROFILE = Known("profiles")
@@ -234,12 +237,14 @@ DURATION = Duration()
 
 
 def _make_saver(name: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
-    def keep(ctx: click.Context, _param: click.Parameter, value: Any) -> Any:
+    """Return the callback of a global option, which keeps the value in the Settings under this name."""
+
+    def keep_value(ctx: click.Context, _param: click.Parameter, value: Any) -> Any:
         if value not in (None, False):
             setattr(ctx.ensure_object(Settings), name, value)
         return value
 
-    return keep
+    return keep_value
 
 
 class _Global(click.Option):
@@ -286,10 +291,10 @@ class _Page(click.Command):
     def make_parser(self, ctx: click.Context) -> Any:
         parser = super().make_parser(ctx)
         parse = parser.parse_args
-        parser.parse_args = lambda args: parse(self._plain_flags(ctx, args))  # type: ignore[method-assign]
+        parser.parse_args = lambda args: parse(self._simplify_flags(ctx, args))  # type: ignore[method-assign]
         return parser
 
-    def _plain_flags(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def _simplify_flags(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Return the words, with ``--flag=true`` as ``--flag``, and ``--flag=false`` as its opposite or left out."""
         flags = {
             name: param
@@ -406,10 +411,10 @@ class Group(_Page, click.Group):
             and not args[0].startswith("-")
             and self.get_command(ctx, args[0]) is None
         ):
-            ctx.fail(f"there is no command {args[0]!r}. {self._advise(ctx, args[0])}")
+            ctx.fail(f"there is no command {args[0]!r}. {self._suggest_command(ctx, args[0])}")
         return super().resolve_command(ctx, args)
 
-    def _advise(self, ctx: click.Context, word: str) -> str:
+    def _suggest_command(self, ctx: click.Context, word: str) -> str:
         if word in self.meant:
             return f"Use: {self.meant[word]}"
         import difflib

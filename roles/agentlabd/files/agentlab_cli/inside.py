@@ -22,7 +22,7 @@ from .errors import INTERRUPTED, Problem, Usage
 from .framework import DURATION, VMID, Command, Group, Settings, settings
 from .local_file import Replacement, report_errors
 from .progress import Progress
-from .text import clean, one_line, size, table
+from .text import clean_text, format_size, format_table, join_lines
 
 # Seconds for which the daemon waits for the end of a command before it returns the output so far.
 _LOOK_SECONDS = 1
@@ -153,9 +153,9 @@ def run(
     body = {name: value for name, value in body.items() if value is not None}
     answer = to.client.post("sandboxes", vmid, "exec", body=body)
     if detach or to.json or not answer.ok:
-        to.tell(answer, lambda data: f"{data['vmid']}/{data['run_id']}")
+        to.show_answer(answer, lambda data: f"{data['vmid']}/{data['run_id']}")
         return
-    _follow(to, answer.data, _Output(raw), ends=True)
+    _follow_run(to, answer.data, _Output(raw), ends=True)
 
 
 @exec_.command("list", usage="<vmid>", examples=("agentlab sandbox exec list 1009",))
@@ -163,13 +163,13 @@ def run(
 @settings
 def list_(to: Settings, vmid: int) -> None:
     """List the commands of a sandbox that the records know."""
-    to.tell(to.client.get("sandboxes", vmid, "exec"), _format_list)
+    to.show_answer(to.client.get("sandboxes", vmid, "exec"), _format_list)
 
 
 def _format_list(data: dict[str, Any]) -> str:
     if not data["runs"]:
         return "no commands"
-    return table(
+    return format_table(
         ("ID", "STATE", "PROGRAM", "STATUS", "STARTED", "BY"),
         [
             (
@@ -190,7 +190,7 @@ def _format_list(data: dict[str, Any]) -> str:
 @settings
 def status(to: Settings, run_id: tuple[int, str]) -> None:
     """Tell whether a command runs, and how it ended."""
-    to.tell(_read_run(to.client, run_id, limit=1), _format_state)
+    to.show_answer(_read_run(to.client, run_id, limit=1), _format_state)
 
 
 @exec_.command(
@@ -208,7 +208,7 @@ def logs(to: Settings, run_id: tuple[int, str], follow: bool, raw: bool) -> None
     """Show what a command has written."""
     answer = _read_run(to.client, run_id)
     if to.json or not answer.ok:
-        to.tell(answer, lambda _data: "")
+        to.show_answer(answer, lambda _data: "")
         return
     _show_all(to, answer.data, _Output(raw), follow)
 
@@ -221,8 +221,8 @@ def wait(to: Settings, run_id: tuple[int, str]) -> None:
     answer = _read_run(to.client, run_id, wait=_WAIT_SECONDS, limit=1)
     while answer.ok and answer.data["state"] == "running":
         answer = _read_run(to.client, run_id, wait=_WAIT_SECONDS, limit=1)
-    to.tell(answer, _format_state)
-    sys.exit(_exit_status(answer.data))
+    to.show_answer(answer, _format_state)
+    sys.exit(_compute_exit_status(answer.data))
 
 
 @exec_.command("kill", usage="<id>", examples=("agentlab sandbox exec kill 1009/3f2a9c0b1d7e4e55a1b2c3d4e5f60718",))
@@ -230,24 +230,25 @@ def wait(to: Settings, run_id: tuple[int, str]) -> None:
 @settings
 def kill(to: Settings, run_id: tuple[int, str]) -> None:
     """End a command in the guest, and its children: TERM first, then KILL."""
-    to.tell(to.client.post("sandboxes", run_id[0], "exec", run_id[1], "kill", body={}), _format_state)
+    to.show_answer(to.client.post("sandboxes", run_id[0], "exec", run_id[1], "kill", body={}), _format_state)
 
 
 def _read_run(client: Client, run_id: tuple[int, str], **query: object) -> Any:
-    return client.ask("sandboxes", run_id[0], "exec", run_id[1], encoding="base64", **query)
+    return client.get_patiently("sandboxes", run_id[0], "exec", run_id[1], encoding="base64", **query)
 
 
 def _format_state(data: dict[str, Any]) -> str:
+    """Return a sentence about the state of a command."""
     name = f"command {data['vmid']}/{data['run_id']}"
     if data["state"] == "running":
         return f"{name} runs ({data['stdout_bytes'] + data['stderr_bytes']} bytes written)"
     if data["state"] == "skipped":
-        return f"{name} was not run: {one_line(data['message'])}"
+        return f"{name} was not run: {join_lines(data['message'])}"
     why = " (its time was over)" if data["timed_out"] else " (it was killed)" if data["killed"] else ""
-    return f"{name} ended with exit status {_exit_status(data)}{why}"
+    return f"{name} ended with exit status {_compute_exit_status(data)}{why}"
 
 
-def _exit_status(data: dict[str, Any]) -> int:
+def _compute_exit_status(data: dict[str, Any]) -> int:
     """Return the exit status of a command that has ended."""
     if data.get("rc") is None and data.get("signal") is None:
         return 0 if data.get("state") == "skipped" else 1
@@ -274,14 +275,14 @@ class _Output:
             self.shown[name] += len(part)
             decoder = self._decoders.get(name)
             if decoder is not None:
-                stream.write(clean(decoder.decode(part).replace("\r\n", "\n")))
+                stream.write(clean_text(decoder.decode(part).replace("\r\n", "\n")))
             elif part:
                 stream.flush()
                 stream.buffer.write(part)
             stream.flush()
 
-    def lacks(self, data: dict[str, Any]) -> bool:
-        """Return whether the guest holds output that has not been shown yet."""
+    def is_behind(self, data: dict[str, Any]) -> bool:
+        """Return whether the guest holds output that has not been shown."""
         return any(data[f"{stream}_bytes"] > self.shown[stream] for stream in self.shown)
 
 
@@ -292,24 +293,24 @@ def _show_all(to: Settings, data: dict[str, Any], output: _Output, follow: bool)
         before = sum(output.shown.values())
         output.show(data)
         running = data["state"] == "running"
-        if not (running and follow) and (not output.lacks(data) or sum(output.shown.values()) == before):
+        if not (running and follow) and (not output.is_behind(data) or sum(output.shown.values()) == before):
             return data
         answer = _read_run(
             to.client,
             run_id,
-            wait=_LOOK_SECONDS if running and not output.lacks(data) else 0,
+            wait=_LOOK_SECONDS if running and not output.is_behind(data) else 0,
             stdout_offset=output.shown["stdout"],
             stderr_offset=output.shown["stderr"],
         )
         if not answer.ok:
             raise Problem(
-                f"{one_line(answer.data['error'])}\nThe command may go on: agentlab sandbox exec status "
+                f"{join_lines(answer.data['error'])}\nThe command may go on: agentlab sandbox exec status "
                 f"{run_id[0]}/{run_id[1]}"
             )
         data = answer.data
 
 
-def _follow(to: Settings, data: dict[str, Any], output: _Output, *, ends: bool) -> None:
+def _follow_run(to: Settings, data: dict[str, Any], output: _Output, *, ends: bool) -> None:
     """Show a command until it ends, and exit with its status. Ctrl-C ends the command in the guest."""
     where = f"{data['vmid']}/{data['run_id']}"
     try:
@@ -318,36 +319,38 @@ def _follow(to: Settings, data: dict[str, Any], output: _Output, *, ends: bool) 
         click.echo(f"ending command {where} in the sandbox; Ctrl-C again leaves it alone", err=True)
         answer = to.client.post("sandboxes", data["vmid"], "exec", data["run_id"], "kill", body={})
         if not answer.ok:
-            raise Problem(f"{one_line(answer.data['error'])}\nSee agentlab sandbox exec status {where}") from None
+            raise Problem(f"{join_lines(answer.data['error'])}\nSee agentlab sandbox exec status {where}") from None
         sys.exit(INTERRUPTED)
     if data["state"] == "skipped":
-        click.echo(f"not run: {one_line(data['message'])}", err=True)
+        click.echo(f"not run: {join_lines(data['message'])}", err=True)
     if data["timed_out"]:
         click.echo("Error: its time (--limit) was over, and it was ended", err=True)
     if data["truncated"]:
         click.echo(
             "Error: it wrote more than the guest holds; what came later is lost. Let it write to a file", err=True
         )
-    sys.exit(_exit_status(data))
+    sys.exit(_compute_exit_status(data))
 
 
 def _require_utf8(word: str) -> str:
+    """Return the word. Raises Usage unless it is valid UTF-8."""
     try:
         word.encode()
     except UnicodeEncodeError:
         raise Usage(
-            f"Error: {clean(word)!r} is not UTF-8; put such text into a file and copy it into the sandbox"
+            f"Error: {clean_text(word)!r} is not UTF-8; put such text into a file and copy it into the sandbox"
         ) from None
     return word
 
 
 def _read_environment(pairs: tuple[str, ...]) -> dict[str, str]:
+    """Return the variables of ``--env``. A name alone takes its value from this process. Raises Usage."""
     variables: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals and name not in os.environ:
             raise Usage(
-                f"Error: --env {one_line(name)}: there is no such variable here. Valid: <name>=<value>, or a name "
+                f"Error: --env {join_lines(name)}: there is no such variable here. Valid: <name>=<value>, or a name "
                 "that is set"
             )
         variables[name] = value if equals else os.environ[name]
@@ -355,6 +358,7 @@ def _read_environment(pairs: tuple[str, ...]) -> dict[str, str]:
 
 
 def _read_standard_input() -> str:
+    """Return standard input as base64. Raises Usage for more than ``_LARGEST_INPUT`` bytes."""
     data = sys.stdin.buffer.read(_LARGEST_INPUT + 1)
     if len(data) > _LARGEST_INPUT:
         raise Usage(
@@ -402,6 +406,7 @@ def cp(to: Settings, source: str, target: str, mode: str | None, owner: str | No
 
 
 def _copy_in(to: Settings, source: str, vmid: int, path: str, mode: str | None, owner: str | None) -> None:
+    """Copy a local file, or standard input, into a sandbox."""
     with contextlib.ExitStack() as stack:
         file: IO[bytes]
         length = None
@@ -414,7 +419,7 @@ def _copy_in(to: Settings, source: str, vmid: int, path: str, mode: str | None, 
                 file = stack.enter_context(open(source, "rb"))
                 status = os.fstat(file.fileno())
             except OSError as error:
-                raise Problem(f"{one_line(source)}: {error.strerror}") from None
+                raise Problem(f"{join_lines(source)}: {error.strerror}") from None
             if stat.S_ISREG(status.st_mode):
                 length = status.st_size
                 mode = mode or f"{stat.S_IMODE(status.st_mode) & 0o777:04o}"
@@ -425,20 +430,21 @@ def _copy_in(to: Settings, source: str, vmid: int, path: str, mode: str | None, 
             answer = to.client.send_file(
                 meter.read_from(file), length, "sandboxes", vmid, "files", path=path, mode=mode, owner=owner
             )
-    to.tell(answer, lambda data: f"{size(data['size'])} to {data['vmid']}:{one_line(data['path'])}")
+    to.show_answer(answer, lambda data: f"{format_size(data['size'])} to {data['vmid']}:{join_lines(data['path'])}")
 
 
 def _copy_out(to: Settings, vmid: int, path: str, target: str) -> None:
+    """Copy a file of a sandbox to a local file, completely or not at all, or to standard output."""
     if os.path.isdir(target):
         target = os.path.join(target, os.path.basename(path.rstrip("/")))
     with contextlib.ExitStack() as stack:
         replacement = None if target == "-" else stack.enter_context(Replacement(target))
         meter = _Meter(None)
-        write = meter.write_to(sys.stdout.buffer if replacement is None else replacement.file)
+        write = meter.make_writer(sys.stdout.buffer if replacement is None else replacement.file)
         with Progress(lambda: f"{meter} from sandbox {vmid}", enabled=target != "-"):
             answer, headers = to.client.receive_file(write, "sandboxes", vmid, "files", path=path)
         if answer is not None:
-            to.tell(answer, lambda _data: "")
+            to.show_answer(answer, lambda _data: "")
         if replacement is None:
             with report_errors():
                 sys.stdout.buffer.flush()
@@ -446,7 +452,7 @@ def _copy_out(to: Settings, vmid: int, path: str, target: str) -> None:
         mode = headers.get("x-agentlab-mode", "")
         replacement.install(int(mode, 8) if re.fullmatch("[0-7]{1,5}", mode) else 0o600)
         if not to.json:
-            click.echo(f"{size(meter.bytes)} from {vmid}:{one_line(path)} to {one_line(target)}")
+            click.echo(f"{format_size(meter.bytes)} from {vmid}:{join_lines(path)} to {join_lines(target)}")
 
 
 class _Meter:
@@ -457,8 +463,8 @@ class _Meter:
         self._length = length
 
     def __str__(self) -> str:
-        of = f" of {size(self._length)}" if self._length else ""
-        return f"{size(self.bytes)}{of}"
+        of = f" of {format_size(self._length)}" if self._length else ""
+        return f"{format_size(self.bytes)}{of}"
 
     def read_from(self, file: IO[bytes]) -> Any:
         """Yield the parts of a file."""
@@ -467,15 +473,15 @@ class _Meter:
                 self.bytes += len(part)
                 yield part
 
-    def write_to(self, file: IO[bytes]) -> Any:
+    def make_writer(self, file: IO[bytes]) -> Any:
         """Return a function that writes the parts of a file."""
 
-        def write(part: bytes) -> None:
+        def write_part(part: bytes) -> None:
             with report_errors():
                 file.write(part)
             self.bytes += len(part)
 
-        return write
+        return write_part
 
 
 # ---- ssh ----
@@ -499,9 +505,9 @@ def ssh(to: Settings, vmid: int, user: str, arguments: tuple[str, ...]) -> None:
     """
     import ipaddress
 
-    answer = to.client.ask("sandboxes", vmid)
+    answer = to.client.get_patiently("sandboxes", vmid)
     if not answer.ok:
-        to.tell(answer, lambda _data: "")
+        to.show_answer(answer, lambda _data: "")
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", user):
         raise Usage(f"Error: --user: {user!r} is no user name")
     data = answer.data
@@ -509,7 +515,7 @@ def ssh(to: Settings, vmid: int, user: str, arguments: tuple[str, ...]) -> None:
         address = str(ipaddress.ip_address(str(data.get("ip"))))
     except ValueError:
         raise Problem(
-            f"sandbox {vmid} has no address in its record ({one_line(data.get('state'))}). Commands need none: "
+            f"sandbox {vmid} has no address in its record ({join_lines(data.get('state'))}). Commands need none: "
             f"agentlab sandbox exec {vmid} -- <command>"
         ) from None
     options = ["-o", "StrictHostKeyChecking=accept-new", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from .errors import Problem
-from .text import one_line
+from .text import join_lines
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def report_errors(path: str | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        name = "the file here" if path is None else one_line(path)
+        name = "the file here" if path is None else join_lines(path)
         raise Problem(f"{name}: {error.strerror or error}; nothing was copied") from None
 
 
@@ -44,7 +44,7 @@ class Replacement:
     def __enter__(self) -> Replacement:
         with report_errors(self._target):
             try:
-                self._open()
+                self._open_file()
             except BaseException:
                 self._stack.close()
                 raise
@@ -55,18 +55,19 @@ class Replacement:
         with report_errors(self._target):
             self._stack.close()
 
-    def _open(self) -> None:
+    def _open_file(self) -> None:
+        """Open the special file, or a new file for the content, without a name where that is possible."""
         self._is_special = _is_special(self._target)
         if self._is_special:
-            # Without O_CREAT and O_TRUNC: nothing else is made or emptied here.
+            # O_CREAT and O_TRUNC are left out, so that no file is created or emptied if the target changes meanwhile.
             self.file = self._stack.enter_context(os.fdopen(os.open(self._target, os.O_WRONLY), "wb"))
             return
         self._stack.enter_context(_raise_at_signals())
-        self._stack.callback(_remove, self._fresh)
+        self._stack.callback(_remove_file, self._fresh)
         try:
             handle = os.open(self._folder, os.O_TMPFILE | os.O_RDWR, 0o600)
         except (OSError, AttributeError):
-            # A file system, or a system (macOS), without such files.
+            # The file system, or the system (macOS), has no files without a name.
             handle = os.open(self._fresh, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
             self._is_named = True
         self.file = self._stack.enter_context(os.fdopen(handle, "w+b"))
@@ -90,8 +91,8 @@ class Replacement:
 
         number = self.file.fileno()
         try:
-            # The path is absolute, so the folder does not matter. With it, Python makes a link to the file, and not to
-            # the symbolic link in /proc.
+            # The path is absolute, so src_dir_fd does not matter. But with it Python calls linkat with
+            # AT_SYMLINK_FOLLOW, which links the file itself and not the symbolic link in /proc.
             os.link(f"/proc/self/fd/{number}", self._fresh, src_dir_fd=number, follow_symlinks=True)
         except (OSError, NotImplementedError):
             self.file.seek(0)
@@ -101,6 +102,7 @@ class Replacement:
 
 
 def _is_special(path: str) -> bool:
+    """Return whether the path is a device, a pipe or a socket."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -108,7 +110,7 @@ def _is_special(path: str) -> bool:
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
-def _remove(path: str) -> None:
+def _remove_file(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
@@ -118,12 +120,12 @@ def _raise_at_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP, unless they are ignored, end the process by an exception, which removes its files."""
     import signal
 
-    def end(number: int, _frame: Any) -> None:
+    def end_process(number: int, _frame: Any) -> None:
         raise SystemExit(128 + number)
 
     numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
     for number in numbers:
-        signal.signal(number, end)
+        signal.signal(number, end_process)
     try:
         yield
     finally:

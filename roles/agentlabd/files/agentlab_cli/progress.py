@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from .errors import Problem
-from .text import one_line, span
+from .text import format_duration, join_lines
 
 # Seconds. Answers that come sooner need no progress.
 _SHOW_AFTER = 0.4
@@ -35,7 +35,7 @@ class Progress:
         self._end = threading.Event()
         self._drawing = threading.Lock()
         self._shown = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = threading.Thread(target=self._draw_until_end, daemon=True)
 
     def __enter__(self) -> None:
         if self._on:
@@ -44,15 +44,16 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Under the lock, so that nothing is drawn after the line is cleared. A look that hangs does not delay the
-        # answer.
+        # The lock keeps the thread from drawing after the line is cleared. The thread is not joined, because its own
+        # request may hang, and that would delay the answer.
         with self._drawing:
             self._end.set()
             if self._shown:
                 sys.stderr.write("\r\x1b[K")
                 sys.stderr.flush()
 
-    def _run(self) -> None:
+    def _draw_until_end(self) -> None:
+        """Draw the line about every second, in a thread."""
         begun, wait = time.monotonic(), _SHOW_AFTER
         while not self._end.wait(wait):
             wait = _EVERY
@@ -61,7 +62,7 @@ class Progress:
             except (Problem, KeyError, TypeError):
                 # Ignore an unusable answer here. The command itself reports an error that matters.
                 continue
-            line = f"{one_line(text)} ({span(time.monotonic() - begun)})"[: _terminal_width() - 1]
+            line = f"{join_lines(text)} ({format_duration(time.monotonic() - begun)})"[: _read_terminal_width() - 1]
             with self._drawing:
                 if not self._end.is_set():
                     self._shown = True
@@ -69,7 +70,7 @@ class Progress:
                     sys.stderr.flush()
 
 
-def _terminal_width() -> int:
+def _read_terminal_width() -> int:
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     except OSError:

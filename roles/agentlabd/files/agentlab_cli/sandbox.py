@@ -15,10 +15,10 @@ import click
 
 from .client import Client
 from .errors import INTERRUPTED, Problem, Unreachable, Usage
-from .framework import PROFILE, STATE, VMID, WORKSPACE, Group, Settings, finish, list_failures, settings
+from .framework import PROFILE, STATE, VMID, WORKSPACE, Group, Settings, end_command, list_failures, settings
 from .inside import cp, exec_, ssh
 from .progress import Progress
-from .text import cell, pairs, since, table, terminal_width, until
+from .text import format_age, format_cell, format_pairs, format_table, format_time_left, read_terminal_width
 
 # Seconds between requests of --follow, and seconds to wait for a daemon that restarts.
 _FOLLOW_EVERY = 1.0
@@ -105,13 +105,13 @@ def list_(to: Settings, states: tuple[str, ...], profile: str | None, tags: tupl
     answer = to.client.get(
         "sandboxes", state=states, profile=profile, tag=tags, include_destroyed="true" if every else None
     )
-    to.tell(answer, lambda data: _format_list(data["sandboxes"]))
+    to.show_answer(answer, lambda data: _format_list(data["sandboxes"]))
 
 
 def _format_list(sandboxes: list[dict[str, Any]]) -> str:
     if not sandboxes:
         return "no sandboxes"
-    return table(
+    return format_table(
         ("VMID", "NAME", "STATE", "NODE", "IP", "PROFILE", "LEASE", "AGE", "TAGS"),
         [
             (
@@ -122,12 +122,12 @@ def _format_list(sandboxes: list[dict[str, Any]]) -> str:
                 row["ip"],
                 row["profile"],
                 _format_lease(row),
-                since(row["created_at"]),
+                format_age(row["created_at"]),
                 row["tags"],
             )
             for row in sandboxes
         ],
-        width=terminal_width(),
+        width=read_terminal_width(),
         droppable=("TAGS", "NODE", "PROFILE", "AGE"),
     )
 
@@ -135,7 +135,7 @@ def _format_list(sandboxes: list[dict[str, Any]]) -> str:
 def _format_lease(sandbox: dict[str, Any]) -> str:
     if sandbox["state"] == "DESTROYED":
         return "-"
-    return until(sandbox["lease_expires_at"]) + (" (keepalive)" if sandbox["keepalive"] else "")
+    return format_time_left(sandbox["lease_expires_at"]) + (" (keepalive)" if sandbox["keepalive"] else "")
 
 
 @sandbox.command(usage="<vmid>", examples=("agentlab sandbox show 1009",))
@@ -143,7 +143,7 @@ def _format_lease(sandbox: dict[str, Any]) -> str:
 @settings
 def show(to: Settings, vmid: int) -> None:
     """Show everything that is known about one sandbox."""
-    to.tell(to.client.get("sandboxes", vmid), lambda data: pairs(_list_fields(to.client, data)))
+    to.show_answer(to.client.get("sandboxes", vmid), lambda data: format_pairs(_list_fields(to.client, data)))
 
 
 def _list_fields(client: Client, data: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -198,11 +198,12 @@ def events(to: Settings, vmid: int, follow: bool, tail: int | None) -> None:
 
 
 def _show_events(to: Settings, vmid: int, follow: bool, tail: int | None) -> None:
+    """Print the events, and with ``follow`` further events until the sandbox is destroyed."""
     answer = to.client.get("sandboxes", vmid, "events", tail=tail)
     while True:
         shown = answer.data.get("events") or []
         if shown or not follow or not answer.ok:
-            to.tell(answer, _format_events)
+            to.show_answer(answer, _format_events)
             sys.stdout.flush()
         more = len(shown) >= _PAGE and tail is None
         if not more and (not follow or (shown and shown[-1].get("to_state") == "DESTROYED")):
@@ -232,11 +233,11 @@ def _format_events(data: dict[str, Any]) -> str:
     lines = []
     for event in data["events"]:
         before, after = event["from_state"], event["to_state"]
-        change = f"{before} -> {after}" if before and after and before != after else cell(after or before)
-        why = f"  {cell(event['reason'])}" if event["reason"] else ""
+        change = f"{before} -> {after}" if before and after and before != after else format_cell(after or before)
+        why = f"  {format_cell(event['reason'])}" if event["reason"] else ""
         lines.append(
-            f"{cell(event['at'])}  {cell(event['operation']):<13}  {change:<28}  {cell(event['outcome']):<11}  "
-            f"{cell(event['actor'])}{why}"
+            f"{format_cell(event['at'])}  {format_cell(event['operation']):<13}  {change:<28}  "
+            f"{format_cell(event['outcome']):<11}  {format_cell(event['actor'])}{why}"
         )
     return "\n".join(lines) or "no events"
 
@@ -379,15 +380,17 @@ def new(to: Settings, /, **options: Any) -> None:
     if "ssh_public_keys" in body:
         body["ssh_public_keys"] = [key for file in body["ssh_public_keys"] for key in _read_keys(file)]
     if "cloud_init_password" in body:
-        body["cloud_init_password"] = _read(
+        body["cloud_init_password"] = _read_file(
             "--cloud-init-password", body["cloud_init_password"], _LONGEST_PASSWORD
         ).rstrip("\r\n")
     if "cloud_init_user_data" in body:
-        body["cloud_init_user_data"] = _read("--cloud-init-user-data", body["cloud_init_user_data"], _LONGEST_USER_DATA)
+        body["cloud_init_user_data"] = _read_file(
+            "--cloud-init-user-data", body["cloud_init_user_data"], _LONGEST_USER_DATA
+        )
     label = f"sandbox {body.get('vmid') or body.get('name') or ''}".strip()
     with Progress(lambda: _read_state(to.client, label, body.get("vmid"), body.get("name")), enabled=not to.json):
         answer = to.client.post("sandboxes", body=body)
-    to.tell(answer, _format_plan if body.get("dry_run") else _format_creation)
+    to.show_answer(answer, _format_plan if body.get("dry_run") else _format_creation)
     _show_warnings(to, answer.data)
 
 
@@ -396,9 +399,10 @@ def _format_plan(data: dict[str, Any]) -> str:
     if data.get("outcome") != "would_create":
         return _format_creation(data)
     lines = [
-        f"sandbox {cell(data['vmid'])} would be created (name={cell(data['name'])}, node={cell(data['node'])})",
+        f"sandbox {format_cell(data['vmid'])} would be created (name={format_cell(data['name'])}, "
+        f"node={format_cell(data['node'])})",
         *(
-            f"  {'*' if node['chosen'] else '-'} {cell(node['node'])}: {cell(node['message'])}"
+            f"  {'*' if node['chosen'] else '-'} {format_cell(node['node'])}: {format_cell(node['message'])}"
             for node in (data.get("placement") or {}).get("nodes", ())
         ),
     ]
@@ -410,8 +414,9 @@ def _format_creation(data: dict[str, Any]) -> str:
         data.get("outcome", "created"), "was there already"
     )
     return (
-        f"sandbox {cell(data['vmid'])} {verb} (name={cell(data['name'])}, state={cell(data['state'])}, "
-        f"ip={cell(data['ip'])}, lease until {cell(data['lease_expires_at'])})"
+        f"sandbox {format_cell(data['vmid'])} {verb} (name={format_cell(data['name'])}, "
+        f"state={format_cell(data['state'])}, ip={format_cell(data['ip'])}, "
+        f"lease until {format_cell(data['lease_expires_at'])})"
     )
 
 
@@ -419,10 +424,10 @@ def _show_warnings(to: Settings, *items: dict[str, Any]) -> None:
     """Print warnings of Proxmox, beside the answer."""
     for item in items:
         for warning in () if to.json else item.get("warnings") or ():
-            click.echo(f"Warning: sandbox {cell(item.get('vmid'))}: {cell(warning)}", err=True)
+            click.echo(f"Warning: sandbox {format_cell(item.get('vmid'))}: {format_cell(warning)}", err=True)
 
 
-def _read(option: str, file: Any, longest: int) -> str:
+def _read_file(option: str, file: Any, longest: int) -> str:
     """Return the text of a file with at most ``longest`` characters. Reads no more, because a device has no end."""
     try:
         text = str(file.read(longest + 1))
@@ -439,9 +444,9 @@ def _read(option: str, file: Any, longest: int) -> str:
 def _read_keys(file: Any) -> list[str]:
     """Return the keys in a file, one from each line.
 
-    Raises Problem without a key: nobody could log in to the sandbox.
+    Raises UsageError for a file without a key: nobody could log in to the sandbox.
     """
-    lines = [line.strip() for line in _read("--ssh-public-keys", file, _LONGEST_KEYS).splitlines()]
+    lines = [line.strip() for line in _read_file("--ssh-public-keys", file, _LONGEST_KEYS).splitlines()]
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise click.UsageError(
@@ -452,7 +457,7 @@ def _read_keys(file: Any) -> list[str]:
 
 
 def _put_ttl(body: dict[str, Any], ttl: str | None) -> None:
-    """Put the ttl into the body. A plain number is in minutes, which has its own field; the daemon judges all else."""
+    """Put the ttl into the body. A plain number is in minutes, which has a field of its own."""
     if ttl is not None:
         text = ttl.strip()
         whole = text.isascii() and text.isdecimal() and 0 < int(text[:10]) < 10**9
@@ -460,6 +465,7 @@ def _put_ttl(body: dict[str, Any], ttl: str | None) -> None:
 
 
 def _read_state(client: Client, label: str, vmid: int | None, name: str | None) -> str:
+    """Return the state of a sandbox as a line of progress. ``label`` names a sandbox that is not listed yet."""
     for sandbox in client.get("sandboxes").data["sandboxes"]:
         if sandbox["vmid"] == vmid or (vmid is None and name is not None and sandbox["name"] == name):
             return f"sandbox {sandbox['vmid']}: {sandbox['state']}"
@@ -472,11 +478,11 @@ def _read_state(client: Client, label: str, vmid: int | None, name: str | None) 
 def _change_power(to: Settings, vmid: int, action: str, body: dict[str, Any] | None = None) -> None:
     with Progress(lambda: _read_state(to.client, f"sandbox {vmid}", vmid, None), enabled=not to.json):
         answer = to.client.post("sandboxes", vmid, action, body=body)
-    to.tell(
+    to.show_answer(
         answer,
         lambda data: (
-            f"sandbox {cell(data['vmid'])} is {cell(data['state'])}"
-            + (f" at {cell(data['ip'])}" if (body or {}).get("wait_for_ip") else "")
+            f"sandbox {format_cell(data['vmid'])} is {format_cell(data['state'])}"
+            + (f" at {format_cell(data['ip'])}" if (body or {}).get("wait_for_ip") else "")
         ),
     )
     _show_warnings(to, answer.data)
@@ -521,9 +527,14 @@ def stop(to: Settings, vmid: int | None, every: bool, force: bool) -> None:
         return
     with Progress(lambda: "stopping every sandbox", enabled=not to.json):
         answer = to.client.post("sandboxes", "stop_all", body={})
-    to.tell(answer, lambda data: f"stopped {cell(data['stopped'])} sandbox(es), {cell(data['skipped'])} did not run")
+    to.show_answer(
+        answer,
+        lambda data: f"stopped {format_cell(data['stopped'])} sandbox(es), {format_cell(data['skipped'])} did not run",
+    )
     failed = [result for result in answer.data.get("results") or [] if result.get("result") == "failed"]
-    finish(int(answer.data.get("stopped") or 0), [(result.get("vmid"), str(result.get("error"))) for result in failed])
+    end_command(
+        int(answer.data.get("stopped") or 0), [(result.get("vmid"), str(result.get("error"))) for result in failed]
+    )
 
 
 @sandbox.command(usage="<vmid>", examples=("agentlab sandbox suspend 1009",))
@@ -548,8 +559,9 @@ def resume(to: Settings, vmid: int, wait_for_ip: bool) -> None:
 
 def _change_record(to: Settings, vmid: int, action: str, text: str, body: dict[str, Any] | None = None) -> None:
     answer = to.client.post("sandboxes", vmid, action, body=body)
-    to.tell(
-        answer, lambda data: f"sandbox {cell(data['vmid'])} {text}" + ("" if data.get("changed", True) else " already")
+    to.show_answer(
+        answer,
+        lambda data: f"sandbox {format_cell(data['vmid'])} {text}" + ("" if data.get("changed", True) else " already"),
     )
 
 
@@ -614,7 +626,7 @@ def destroy(to: Settings, vmids: tuple[int, ...], force: bool) -> None:
             lambda: _read_state(to.client, f"sandbox {ordered_vmids[0]}", ordered_vmids[0], None), enabled=not to.json
         ):
             answer = to.client.post("sandboxes", ordered_vmids[0], "destroy", body={"force": force})
-        to.tell(answer, _format_destruction)
+        to.show_answer(answer, _format_destruction)
         _show_fates(to, answer.data)
         _show_warnings(to, answer.data)
         return
@@ -623,17 +635,17 @@ def destroy(to: Settings, vmids: tuple[int, ...], force: bool) -> None:
     if answer.data.get("code") == "not_found" and not to.json:
         raise Problem(f"{answer.data['error']} (vmid {answer.data.get('vmid')}); nothing was destroyed")
     failed = [result for result in answer.data.get("results") or [] if result.get("failed")]
-    to.tell(
+    to.show_answer(
         answer,
         lambda data: "\n".join(_format_destruction(result) for result in data["results"] if not result["failed"]),
     )
     _show_fates(to, *answer.data.get("results") or [])
     _show_warnings(to, *answer.data.get("results") or [])
-    finish(len(answer.data.get("results") or []) - len(failed), list_failures(failed))
+    end_command(len(answer.data.get("results") or []) - len(failed), list_failures(failed))
 
 
 def _format_destruction(data: dict[str, Any]) -> str:
-    return f"sandbox {cell(data['vmid'])} destroyed (state={cell(data['previous_state'])})"
+    return f"sandbox {format_cell(data['vmid'])} destroyed (state={format_cell(data['previous_state'])})"
 
 
 # Notes about VMs that this command did not delete, by reason.
@@ -646,14 +658,15 @@ _FATES = {
 
 
 def _show_fates(to: Settings, *items: dict[str, Any]) -> None:
-    """Print a note about VMs that were already gone. The answer itself has a fixed text."""
+    """Print a note about VMs that this command did not delete. It stands beside the answer, whose text is fixed."""
     for item in () if to.json else items:
         fate = _FATES.get(str(item.get("reason")))
         if fate and not item.get("failed") and item.get("changed", True):
-            click.echo(fate.format(vmid=cell(item.get("vmid"))), err=True)
+            click.echo(fate.format(vmid=format_cell(item.get("vmid"))), err=True)
 
 
 def _count_destroyed(client: Client, vmids: list[int]) -> str:
+    """Return the progress of a destroy of several sandboxes as a line."""
     remaining = {
         sandbox["vmid"] for sandbox in client.get("sandboxes").data["sandboxes"] if sandbox["state"] != "DESTROYED"
     }
@@ -706,11 +719,11 @@ def renew(
         body["allow_shorten"] = True
     answer = to.client.post("sandboxes", vmid, "lease", "renew", body=body)
     same = answer.data.get("changed") is False
-    to.tell(
+    to.show_answer(
         answer,
         lambda data: (
-            f"sandbox {cell(data['vmid'])} lease {'lasts' if same else 'renewed'} until "
-            f"{cell(data['lease_expires_at'])}"
+            f"sandbox {format_cell(data['vmid'])} lease {'lasts' if same else 'renewed'} until "
+            f"{format_cell(data['lease_expires_at'])}"
         ),
     )
     if same:
@@ -779,22 +792,22 @@ def prune(to: Settings, /, **options: Any) -> None:
         answer = to.client.post("sandboxes", "prune", body=body or None)
     _show_warnings(to, *answer.data.get("pruned") or [])
     if dry_run:
-        to.tell(answer, _format_prune_plan)
+        to.show_answer(answer, _format_prune_plan)
     else:
-        to.tell(answer, lambda data: f"pruned {cell(data['count'])} sandbox(es)")
+        to.show_answer(answer, lambda data: f"pruned {format_cell(data['count'])} sandbox(es)")
         if not to.json:
             for kept in answer.data.get("kept") or []:
-                click.echo(f"kept {cell(kept.get('vmid'))}: {_format_reason(kept)}", err=True)
+                click.echo(f"kept {format_cell(kept.get('vmid'))}: {_format_reason(kept)}", err=True)
     if not dry_run:
-        finish(len(answer.data.get("pruned") or []), list_failures(answer.data.get("failed")))
+        end_command(len(answer.data.get("pruned") or []), list_failures(answer.data.get("failed")))
 
 
 def _format_reason(item: dict[str, Any]) -> str:
-    return cell(item.get("reason")) + (f" - {cell(item['message'])}" if item.get("message") else "")
+    return format_cell(item.get("reason")) + (f" - {format_cell(item['message'])}" if item.get("message") else "")
 
 
 def _format_prune_plan(data: dict[str, Any]) -> str:
-    return f"would prune {cell(data['count'])} sandbox(es)" + format_plan(
+    return f"would prune {format_cell(data['count'])} sandbox(es)" + format_plan(
         {"prune": data["pruned"], "keep": data["kept"], "cannot": data["failed"]}
     )
 
@@ -806,7 +819,7 @@ def format_plan(items: dict[str, list[dict[str, Any]]]) -> str:
         for action, sandboxes in items.items()
         for sandbox in sandboxes
     ]
-    return f"\n\n{table(('', 'VMID', 'NAME', 'STATE', 'WHY'), rows)}" if rows else ""
+    return f"\n\n{format_table(('', 'VMID', 'NAME', 'STATE', 'WHY'), rows)}" if rows else ""
 
 
 class _Pruning:
@@ -853,9 +866,9 @@ def reconcile(to: Settings, apply: bool, dry_run: bool, adopt_cluster: bool) -> 
         answer = to.client.post(
             "sandboxes", "reconcile", body={"apply": apply, **({"adopt_cluster": True} if adopt_cluster else {})}
         )
-    to.tell(answer, lambda data: _format_drift(data["drift"], apply))
+    to.show_answer(answer, lambda data: _format_drift(data["drift"], apply))
     failed = [difference for difference in answer.data.get("drift") or [] if difference.get("error")]
-    finish(
+    end_command(
         sum(1 for difference in answer.data.get("drift") or [] if difference.get("applied")),
         [(difference.get("vmid"), str(difference["error"])) for difference in failed],
     )
@@ -880,7 +893,7 @@ def _format_drift(drift: list[dict[str, Any]], apply: bool) -> str:
         )
         for difference in drift
     ]
-    return f"{head}\n\n{table(('VMID', 'STATE', 'WHAT', 'ACTION', 'EVIDENCE'), rows)}"
+    return f"{head}\n\n{format_table(('VMID', 'STATE', 'WHAT', 'ACTION', 'EVIDENCE'), rows)}"
 
 
 # ---- inside ----

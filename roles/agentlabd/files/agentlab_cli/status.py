@@ -11,25 +11,29 @@ from typing import Any
 import click
 
 from . import COMPLETE_VARIABLE, NAME, __version__
-from .framework import Command, Group, Settings, finish, list_failures, settings
+from .framework import Command, Group, Settings, end_command, list_failures, settings
 from .progress import Progress
-from .text import cell, pairs, span, table, terminal_width
+from .text import format_cell, format_duration, format_pairs, format_table, read_terminal_width
 
 
 @click.command(cls=Command, usage="", examples=("agentlab status", "agentlab status --json | jq .cleanup.frozen"))
 @settings
 def status(to: Settings) -> None:
     """Show how the daemon is, and what it does next."""
-    to.tell(to.client.get("status"), _format_status)
+    to.show_answer(to.client.get("status"), _format_status)
 
 
 def _format_status(data: dict[str, Any]) -> str:
     database, proxmox, cleanup = data["database"], data["proxmox"], data["cleanup"]
     operations, config = data["operations"], data["config"]
     by_state = {state: count for state, count in database["by_state"].items() if count}
-    text = pairs(
+    text = format_pairs(
         [
-            ("daemon", f"agentlabd {data['version']}, up {span(data['uptime_seconds'])} (since {data['started_at']})"),
+            (
+                "daemon",
+                f"agentlabd {data['version']}, up {format_duration(data['uptime_seconds'])} "
+                f"(since {data['started_at']})",
+            ),
             ("sandboxes", by_state or "none"),
             ("database", f"{database['path']} (schema {database['schema']})"),
             ("Proxmox VE", f"{proxmox['where']}: {_format_reachability(proxmox)}"),
@@ -48,19 +52,22 @@ def _format_status(data: dict[str, Any]) -> str:
     if cleanup["frozen"]:
         frozen = cleanup["frozen"]
         text += (
-            f"\n\nThe scheduled cleanup is FROZEN since {cell(frozen['at'] or 'an unknown time')} by "
-            f"{cell(frozen['actor'] or 'somebody')}: {cell(frozen['reason'])}\n"
+            f"\n\nThe scheduled cleanup is FROZEN since {format_cell(frozen['at'] or 'an unknown time')} by "
+            f"{format_cell(frozen['actor'] or 'somebody')}: {format_cell(frozen['reason'])}\n"
             "  agentlab cleanup run --dry-run    # what would go; where a guard would stop "
             "it again, raise the guard first\n  agentlab cleanup release          # go on"
         )
     for condition in data.get("conditions") or []:
         text += (
-            f"\n\n{cell(condition['part'])} {cell(condition['condition']).upper()} since "
-            f"{cell(condition['since'])}: {cell(condition['why'])}\n"
-            f"  {cell(condition['todo'])}"
+            f"\n\n{format_cell(condition['part'])} {format_cell(condition['condition']).upper()} since "
+            f"{format_cell(condition['since'])}: {format_cell(condition['why'])}\n"
+            f"  {format_cell(condition['todo'])}"
         )
     if config["error"]:
-        text += f"\n\nThe configuration could not be reloaded, the one before it is in force: {cell(config['error'])}"
+        text += (
+            "\n\nThe configuration could not be reloaded, the one before it is in force: "
+            f"{format_cell(config['error'])}"
+        )
     return text
 
 
@@ -112,9 +119,9 @@ def run(to: Settings, dry_run: bool) -> None:
     """Run the cleanup rules now."""
     with Progress(lambda: "running the cleanup rules", enabled=not to.json):
         answer = to.client.post("cleanup", "run", body={"dry_run": dry_run})
-    to.tell(answer, _format_run)
+    to.show_answer(answer, _format_run)
     if not answer.data.get("dry_run"):
-        finish(
+        end_command(
             len(answer.data.get("pruned") or []) + len(answer.data.get("marked") or []),
             list_failures(answer.data.get("failed")),
         )
@@ -127,7 +134,7 @@ def _format_run(data: dict[str, Any]) -> str:
         return f"cleaned up {data['count']} sandbox(es){marked}, kept {len(data['kept'])}{forgotten}"
     from .sandbox import format_plan
 
-    guard = f"\nThe guard would stop it: {cell(data['guard'])}" if data["guard"] else ""
+    guard = f"\nThe guard would stop it: {format_cell(data['guard'])}" if data["guard"] else ""
     return f"would clean up {data['count']} sandbox(es){marked}{forgotten}{guard}" + format_plan(
         {"destroy": data["pruned"], "FAILED": data["marked"], "keep": data["kept"], "cannot": data["failed"]}
     )
@@ -145,9 +152,9 @@ def _format_run(data: dict[str, Any]) -> str:
 @settings
 def freeze(to: Settings, reason: str) -> None:
     """Let the daemon destroy nothing on schedule until it is released."""
-    to.tell(
+    to.show_answer(
         to.client.post("cleanup", "freeze", body={"reason": reason}),
-        lambda data: f"cleanup frozen: {cell(data['frozen']['reason'])}",
+        lambda data: f"cleanup frozen: {format_cell(data['frozen']['reason'])}",
     )
 
 
@@ -162,7 +169,7 @@ def freeze(to: Settings, reason: str) -> None:
 @settings
 def release(to: Settings) -> None:
     """Let the scheduled cleanup go on."""
-    to.tell(
+    to.show_answer(
         to.client.post("cleanup", "release"),
         lambda data: "cleanup released" if data.get("released") else "cleanup was not frozen",
     )
@@ -182,7 +189,7 @@ def profile() -> None:
 @settings
 def profiles(to: Settings) -> None:
     """List the profiles that the daemon has read."""
-    to.tell(to.client.get("profiles"), lambda data: _format_profiles(data["profiles"]))
+    to.show_answer(to.client.get("profiles"), lambda data: _format_profiles(data["profiles"]))
 
 
 def _format_profiles(profiles: list[dict[str, Any]]) -> str:
@@ -203,10 +210,10 @@ def _format_profiles(profiles: list[dict[str, Any]]) -> str:
         )
         if any(profile.get(name) is not None for profile in profiles)
     ]
-    return table(
+    return format_table(
         [name.replace("_", " ").upper() for name in names],
         [[profile.get(name) for name in names] for profile in profiles],
-        width=terminal_width(),
+        width=read_terminal_width(),
         droppable=("DESCRIPTION",),
     )
 

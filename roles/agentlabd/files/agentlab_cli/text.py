@@ -21,39 +21,40 @@ _DURATION = re.compile(rf"(?:{_NUMBER}d)?(?:{_NUMBER}h)?(?:{_NUMBER}m)?(?:{_NUMB
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def clean(text: object) -> str:
+def clean_text(text: object) -> str:
     """Return the text with control and format characters as escapes (``\\x1b``). Line feeds and tabs stay."""
     text = str(text)
     if text.isascii() and text.isprintable():
         return text
     return "".join(
-        char if char in "\n\t" or unicodedata.category(char) not in _UNSEEN else _escape(ord(char)) for char in text
+        char if char in "\n\t" or unicodedata.category(char) not in _UNSEEN else _escape_character(ord(char))
+        for char in text
     )
 
 
-def _escape(number: int) -> str:
+def _escape_character(number: int) -> str:
     return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
-def one_line(text: object) -> str:
+def join_lines(text: object) -> str:
     """Return the text on one line and without control characters, so that a name cannot forge a line."""
-    return " ".join(clean(text).split())
+    return " ".join(clean_text(text).split())
 
 
-def cell(value: object) -> str:
+def format_cell(value: object) -> str:
     """Return a value on one line: a list with commas, nothing as a hyphen."""
     if value is None or value in ("", []):
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
-        return ", ".join(cell(item) for item in value)
+        return ", ".join(format_cell(item) for item in value)
     if isinstance(value, dict):
-        return ", ".join(f"{name}={cell(item)}" for name, item in value.items())
-    return one_line(value)
+        return ", ".join(f"{name}={format_cell(item)}" for name, item in value.items())
+    return join_lines(value)
 
 
-def seconds(text: str) -> float:
+def parse_duration(text: str) -> float:
     """Return the seconds of ``30`` (seconds), ``1500ms``, ``90s``, ``1.5h`` or ``1h30m``.
 
     Raises ValueError for anything else, and for empty text.
@@ -72,7 +73,7 @@ def seconds(text: str) -> float:
     return int(total) if total == int(total) else round(total, 3)
 
 
-def span(length: float) -> str:
+def format_duration(length: float) -> str:
     """Return a time in seconds as text with at most two units: ``1d4h``, ``3m``, ``12s``."""
     remainder, parts = max(0, int(length)), []
     for unit, size in _UNITS.items():
@@ -82,7 +83,7 @@ def span(length: float) -> str:
     return "".join(parts[:2]) or "0s"
 
 
-def size(count: float) -> str:
+def format_size(count: float) -> str:
     """Return a number of bytes in readable form: 512 B, 1.5 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
@@ -91,34 +92,37 @@ def size(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
 
 
-def time_limit(length: float) -> str:
+def format_time_limit(length: float) -> str:
     """Return a time limit in seconds as text with its fraction: ``1.5s``, ``2h``."""
-    return span(length) if length == int(length) else f"{length:.10g}s"
+    return format_duration(length) if length == int(length) else f"{length:.10g}s"
 
 
-def until(value: object, now: datetime | None = None) -> str:
+def format_time_left(value: object, now: datetime | None = None) -> str:
     """Return the time until a moment: ``1h58m``, ``over`` for a past moment, a hyphen without one."""
     moment = _parse_moment(value)
     if moment is None:
-        return cell(value)
+        return format_cell(value)
     remaining = (moment - (now or datetime.now(UTC))).total_seconds()
-    return span(remaining) if remaining > 0 else "over"
+    return format_duration(remaining) if remaining > 0 else "over"
 
 
-def since(value: object, now: datetime | None = None) -> str:
-    """Return the time since a moment, in the same form."""
+def format_age(value: object, now: datetime | None = None) -> str:
+    """Return the time since a moment: ``1h58m``, a hyphen without one."""
     moment = _parse_moment(value)
-    return cell(value) if moment is None else span(((now or datetime.now(UTC)) - moment).total_seconds())
+    return (
+        format_cell(value) if moment is None else format_duration(((now or datetime.now(UTC)) - moment).total_seconds())
+    )
 
 
 def _parse_moment(text: object) -> datetime | None:
+    """Return a time of an answer (UTC); None for any other text."""
     try:
         return datetime.strptime(str(text), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     except ValueError:
         return None
 
 
-def table(
+def format_table(
     headers: Sequence[str], rows: Iterable[Sequence[object]], *, width: int | None = None, droppable: Sequence[str] = ()
 ) -> str:
     """Return columns of text for people. No cell breaks its line.
@@ -128,7 +132,7 @@ def table(
     columns = [
         [header, *column]
         for header, column in zip(
-            headers, zip(*([cell(value) for value in row] for row in rows), strict=True), strict=True
+            headers, zip(*([format_cell(value) for value in row] for row in rows), strict=True), strict=True
         )
     ]
     widths = {column[0]: max(map(len, column)) for column in columns}
@@ -140,7 +144,7 @@ def table(
     return "\n".join("  ".join(line).rstrip() for line in zip(*shown, strict=True))
 
 
-def terminal_width() -> int | None:
+def read_terminal_width() -> int | None:
     """Return the number of columns of the terminal, or None if standard output is no terminal."""
     if not sys.stdout.isatty():
         return None
@@ -149,8 +153,8 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns
 
 
-def pairs(rows: Iterable[tuple[str, Any]]) -> str:
+def format_pairs(rows: Iterable[tuple[str, Any]]) -> str:
     """Return names and values, one pair on each line."""
-    shown = [(name, cell(value)) for name, value in rows]
+    shown = [(name, format_cell(value)) for name, value in rows]
     width = max((len(name) for name, _value in shown), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in shown)

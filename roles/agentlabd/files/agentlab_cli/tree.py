@@ -18,9 +18,9 @@ import click
 from . import COMPLETE_VARIABLE, NAME, __version__, framework
 from .errors import INTERRUPTED, REFUSED, UNREACHABLE, USAGE
 from .framework import Group
-from .text import clean, one_line
+from .text import clean_text, join_lines
 
-# The module of each command. Those in the second table work without being listed: words that people type.
+# Command -> its module. WORDS holds further words that people type: word -> module and command. They are not listed.
 COMMANDS = {
     "sandbox": "sandbox",
     "workspace": "workspace",
@@ -45,14 +45,14 @@ class Root(Group):
         module, name = (COMMANDS[cmd_name], cmd_name) if cmd_name in COMMANDS else WORDS.get(cmd_name, (None, ""))
         return getattr(import_module(f".{module}", __package__), name) if module else None
 
-    def _advise(self, ctx: click.Context, word: str) -> str:
+    def _suggest_command(self, ctx: click.Context, word: str) -> str:
         """Return the full line for a word that belongs behind ``sandbox``, such as ``agentlab stop 1009``."""
         from .sandbox import sandbox
 
         if word in sandbox.meant:
             return f"Use: {sandbox.meant[word]}"
         name = sandbox.words.get(word, word)
-        return f"Use: agentlab sandbox {name}" if name in sandbox.commands else super()._advise(ctx, word)
+        return f"Use: agentlab sandbox {name}" if name in sandbox.commands else super()._suggest_command(ctx, word)
 
 
 @click.group(
@@ -79,11 +79,11 @@ def root() -> None:
     """
 
 
-def _tell_program(message: str, status: int) -> None:
+def _print_error_object(message: str, status: int) -> None:
     """Print an error as a JSON object, if --json was given and nothing has been printed yet."""
     if framework.Settings.answered or not any(word in ("--json", "--json=true") for word in sys.argv[1:]):
         return
-    shown: dict[str, Any] = {"error": clean(message), "code": CODES.get(status, "error")}
+    shown: dict[str, Any] = {"error": clean_text(message), "code": CODES.get(status, "error")}
     click.echo(json.dumps(shown, indent=2 if sys.stdout.isatty() else None))
 
 
@@ -94,11 +94,11 @@ def run() -> None:
     except click.ClickException as error:
         if isinstance(error, click.UsageError):
             # click quotes an argument as it is: its line feeds could forge a line of their own.
-            error = click.UsageError(one_line(error.format_message()), error.ctx)
-        _tell_program(error.format_message(), error.exit_code)
+            error = click.UsageError(join_lines(error.format_message()), error.ctx)
+        _print_error_object(error.format_message(), error.exit_code)
         shown = io.StringIO()
         error.show(shown)
-        click.echo(clean(shown.getvalue()), nl=False, err=True)
+        click.echo(clean_text(shown.getvalue()), nl=False, err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo(
@@ -106,9 +106,9 @@ def run() -> None:
         )
         sys.exit(INTERRUPTED)
     except OSError as error:
-        # The disk behind standard output is full. The daemon has already carried out the request.
+        # Standard output cannot be written, for example to a full disk. The daemon has carried out the request already.
         click.echo(f"Error: standard output: {error.strerror or error}; the daemon has answered", err=True)
-        # Otherwise Python would flush, and fail, once more at its end.
+        # Otherwise Python would flush standard output once more at exit, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(REFUSED)
     # Commands return nothing. A number is the status of an early exit (--help, a group without a command).

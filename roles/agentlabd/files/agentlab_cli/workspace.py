@@ -13,12 +13,13 @@ import click
 
 from .framework import VMID, WORKSPACE, Group, Settings, settings
 from .progress import Progress
-from .text import cell, pairs, since, table
+from .text import format_age, format_cell, format_pairs, format_table
 
 _UNITS = (("T", 1024**4), ("G", 1024**3), ("M", 1024**2))
 
 
 def _format_size(length: Any) -> str:
+    """Return a number of bytes in the largest unit that leaves a whole number, such as 20G."""
     return next((f"{length // unit}{name}" for name, unit in _UNITS if length % unit == 0), f"{length // 1024}K")
 
 
@@ -36,11 +37,11 @@ def _normalise_size(text: str) -> str:
 
 
 def _format_name(data: dict[str, Any]) -> str:
-    return f"workspace {cell(data['name'])}"
+    return f"workspace {format_cell(data['name'])}"
 
 
 def _format_holder(data: dict[str, Any]) -> str:
-    return "-" if data["vmid"] is None else f"{cell(data['vmid'])} ({cell(data['sandbox'])})"
+    return "-" if data["vmid"] is None else f"{format_cell(data['vmid'])} ({format_cell(data['sandbox'])})"
 
 
 @click.group(
@@ -67,7 +68,7 @@ def workspace() -> None:
 @settings
 def list_(to: Settings, every: bool) -> None:
     """List workspaces, and who has them."""
-    to.tell(
+    to.show_answer(
         to.client.get("workspaces", include_deleted="true" if every else None),
         lambda data: _format_list(data["workspaces"]),
     )
@@ -76,7 +77,7 @@ def list_(to: Settings, every: bool) -> None:
 def _format_list(workspaces: list[dict[str, Any]]) -> str:
     if not workspaces:
         return "no workspaces"
-    return table(
+    return format_table(
         ("NAME", "STATE", "SIZE", "STORAGE", "NODE", "SANDBOX", "AGE"),
         [
             (
@@ -86,7 +87,7 @@ def _format_list(workspaces: list[dict[str, Any]]) -> str:
                 workspace["storage"],
                 workspace["node"],
                 _format_holder(workspace),
-                since(workspace["created_at"]),
+                format_age(workspace["created_at"]),
             )
             for workspace in workspaces
         ],
@@ -98,9 +99,9 @@ def _format_list(workspaces: list[dict[str, Any]]) -> str:
 @settings
 def show(to: Settings, name: str) -> None:
     """Show everything that is known about one workspace, by its name or id."""
-    to.tell(
+    to.show_answer(
         to.client.get("workspaces", name),
-        lambda data: pairs(
+        lambda data: format_pairs(
             (field.replace("_", " "), _format_size(value) if field == "size" else value)
             for field, value in data.items()
             if field not in _SAID_TWICE
@@ -136,11 +137,11 @@ def new(to: Settings, /, **options: Any) -> None:
     if options["size"] is not None:
         options["size"] = _normalise_size(options["size"])
     answer = to.client.post("workspaces", body={name: value for name, value in options.items() if value is not None})
-    to.tell(
+    to.show_answer(
         answer,
         lambda data: (
             f"{_format_name(data)} {'was there already' if data['outcome'] == 'unchanged' else data['outcome']} "
-            f"({_format_size(data['size'])} on {cell(data['storage'])}, {data['state']})"
+            f"({_format_size(data['size'])} on {format_cell(data['storage'])}, {data['state']})"
         ),
     )
 
@@ -181,8 +182,11 @@ def attach(to: Settings, name: str, vmid: int | None, named: int | None, ttl: st
     )
     with Progress(lambda: f"attaching workspace {name}", enabled=not to.json):
         answer = to.client.post("workspaces", name, "attach", body=body)
-    to.tell(
-        answer, lambda data: f"{_format_name(data)} attached to sandbox {cell(data['vmid'])} as {cell(data['device'])}"
+    to.show_answer(
+        answer,
+        lambda data: (
+            f"{_format_name(data)} attached to sandbox {format_cell(data['vmid'])} as {format_cell(data['device'])}"
+        ),
     )
 
 
@@ -197,7 +201,7 @@ def detach(to: Settings, name: str) -> None:
     """Take a workspace off the sandbox that has it."""
     with Progress(lambda: f"detaching workspace {name}", enabled=not to.json):
         answer = to.client.post("workspaces", name, "detach")
-    to.tell(answer, lambda data: f"{_format_name(data)} detached")
+    to.show_answer(answer, lambda data: f"{_format_name(data)} detached")
 
 
 @workspace.command(
@@ -215,4 +219,4 @@ def destroy(to: Settings, name: str, force: bool) -> None:
     """Delete a workspace and the data on it."""
     with Progress(lambda: f"deleting workspace {name}", enabled=not to.json):
         answer = to.client.post("workspaces", name, "destroy", body={"force": force})
-    to.tell(answer, lambda data: f"{_format_name(data)} destroyed")
+    to.show_answer(answer, lambda data: f"{_format_name(data)} destroyed")
