@@ -39,7 +39,7 @@ _SECONDS_TO_STOP = 5
 
 display = Display()
 
-# Options whose value is a word: Ansible would make the texts True and False of a boolean.
+# Options whose value is a word. Ansible would turn a boolean into the text True or False.
 _WORDS = ("name", "profile", "template", "node", "storage", "pool", "bridge", "workspace", "cloud_init_user", "tags")
 
 
@@ -55,7 +55,7 @@ class _Ended(BaseException):
 
 
 class _Here:
-    """Take the place of AnsibleModule for a module that runs in this process.
+    """Replace AnsibleModule for a module that runs in this process.
 
     It has the attributes that our modules use. It checks options with the same validator, and removes secrets from
     answers.
@@ -106,15 +106,15 @@ class _Here:
             answer["invocation"] = {"module_args": self.params}
         if self._warnings:
             answer["warnings"] = self._warnings
-        # Through JSON, so that registered results are the same for both ways.
+        # Convert the answer through JSON, so that registered results are the same as those of a shipped module.
         raise _Ended(json.loads(json.dumps(remove_values(answer, self.no_log_values))))
 
 
 def _interrupt(_signal: int, _frame: Any) -> NoReturn:
     """Raise KeyboardInterrupt when Ansible is told to stop, and start an alarm.
 
-    Ansible passes the signal on more than once. The exception releases what the module holds. If that takes too long,
-    the alarm ends this process, and the journal shows what was left.
+    Ansible passes the signal on more than once, so further signals are ignored. The exception lets the module release
+    its claims. If that takes too long, the alarm ends this process, and the next run finishes by the journal.
     """
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
@@ -123,7 +123,7 @@ def _interrupt(_signal: int, _frame: Any) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _as_shipped(folder: str) -> Iterator[None]:
+def _separate_process(folder: str) -> Iterator[None]:
     """Imitate a separate process.
 
     Set the working directory, turn SIGINT and SIGTERM into an exception, and silence warnings of libraries, which
@@ -137,7 +137,7 @@ def _as_shipped(folder: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        # This user may not be allowed to enter the folder in which Ansible was started. That must not spoil the answer.
+        # This user may not be allowed to enter the folder in which Ansible was started. The answer counts all the same.
         with contextlib.suppress(OSError):
             os.chdir(previous_folder)
         signal.alarm(0)
@@ -145,7 +145,7 @@ def _as_shipped(folder: str) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _adapter() -> Any:
+def _import_adapter() -> Any:
     """Return the adapter, which most runs in this process have imported already."""
     return importlib.import_module(f"{_MODULES.rpartition('.')[0]}.module_utils._adapter")
 
@@ -167,7 +167,7 @@ class ActionModule(ShippedModule):
             for name in _WORDS if isinstance(options, dict) else ():
                 value = options.get(name)
                 if any(isinstance(word, bool) for word in (value if isinstance(value, list) else [value])):
-                    place = f"{_adapter().place_item(number - 1, options)}: " if number else ""
+                    place = f"{_import_adapter().place_item(number - 1, options)}: " if number else ""
                     raise AnsibleActionFail(
                         f"{place}{name}: YAML reads a word such as yes, no, on or off as true or false, not as text; "
                         "put it in quotes"
@@ -176,10 +176,11 @@ class ActionModule(ShippedModule):
         message = result.get("msg")
         is_refusal = isinstance(message, str) and ("unable to convert" in message or items is not None)
         if result.get("failed") and is_refusal:
-            result["msg"] = _adapter().explain_refusal(str(message), self._task.args)
+            result["msg"] = _import_adapter().explain_refusal(str(message), self._task.args)
         return result
 
     def _run_module(self, tmp: str | None, variables: dict[str, Any]) -> dict[str, Any]:
+        """Run the module in this process where that is possible, and return its result."""
         if not self._is_here(variables):
             answer: dict[str, Any] = super().run(tmp, variables)
             return answer
@@ -191,7 +192,7 @@ class ActionModule(ShippedModule):
         name = resolved.resolved_fqcn.rpartition(".")[2]
         display.vvv(f"Running {name} in place, see agentlab_in_place")
         try:
-            with _as_shipped(self._loader.get_basedir()):
+            with _separate_process(self._loader.get_basedir()):
                 importlib.import_module(f"{_MODULES}.{name}").main(lambda **options: _Here(self, variables, **options))
         except _Ended as ended:
             result.update(ended.answer)
@@ -202,6 +203,7 @@ class ActionModule(ShippedModule):
         return result
 
     def _is_here(self, task_vars: dict[str, Any]) -> bool:
+        """Return whether the module can run in this process: docs/performance.md names the conditions."""
         task = self._task
         if (
             self._connection.transport != "local"

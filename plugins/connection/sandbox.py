@@ -340,7 +340,7 @@ class Connection(ConnectionBase):
                 config = core_config.load(options, os.environ)
                 actor = _adapter.name_actor(self.get_option("actor"), f"connection {self.transport}")
                 self._context = Context(config, actor=actor)
-                self._sandbox = self._find(self._context)
+                self._sandbox = self._find_sandbox(self._context)
             display.vvv(f"SANDBOX {self._sandbox.vmid} ({self._sandbox.name})", host=self._host)
             self._connected = True
         return self
@@ -351,8 +351,8 @@ class Connection(ConnectionBase):
         For a command ended by a signal the status is 128 plus the number of the signal, as in a shell.
         """
         super().exec_command(cmd, in_data=in_data, sudoable=sudoable)
-        context, sandbox = self._reached()
-        text, environment = self._with_password(to_text(cmd, errors="surrogate_or_strict"), sudoable)
+        context, sandbox = self._require_connection()
+        text, environment = self._add_password(to_text(cmd, errors="surrogate_or_strict"), sudoable)
         display.vvv(f"EXEC {cmd!r}", host=self._host)
         spec = command.CommandSpec(
             argv=[self.get_option("executable"), "-c", text.encode("utf-8", "surrogateescape")],
@@ -370,7 +370,7 @@ class Connection(ConnectionBase):
             raise AnsibleError(
                 f"the command did not end within {self.get_option('command_timeout')} s (command_timeout) and was "
                 f"ended in sandbox {sandbox.vmid}; raise ansible_agentlab_command_timeout, or use async for long "
-                f"work. It had written: {_tail(result.stdout + result.stderr)}"
+                f"work. It had written: {_quote_tail(result.stdout + result.stderr)}"
             )
         if result.truncated and result.message:
             raise AnsibleError(result.message)
@@ -384,13 +384,13 @@ class Connection(ConnectionBase):
             raise AnsibleConnectionFailure(self._explain_refusal(sandbox, result.refusal))
         if status and sudoable and environment:
             # The output of a module may contain the same words.
-            self._judge_password(result.stderr)
+            self._check_password(result.stderr)
         return status, result.stdout, result.stderr
 
     def put_file(self, in_path: str, out_path: str) -> None:
         """Copy a file into the guest byte for byte, completely or not at all."""
         super().put_file(in_path, out_path)
-        context, sandbox = self._reached()
+        context, sandbox = self._require_connection()
         display.vvv(f"PUT {in_path} TO {out_path}", host=self._host)
         if not os.path.exists(to_bytes(in_path, errors="surrogate_or_strict")):
             raise AnsibleFileNotFound(f"there is no file {in_path!r} to copy into the sandbox")
@@ -404,14 +404,14 @@ class Connection(ConnectionBase):
         A file at ``out_path`` is replaced once all bytes have arrived.
         """
         super().fetch_file(in_path, out_path)
-        context, sandbox = self._reached()
+        context, sandbox = self._require_connection()
         display.vvv(f"FETCH {in_path} TO {out_path}", host=self._host)
         target = to_text(out_path, errors="surrogate_or_strict")
-        # A file without a name: nothing is left of it when Ansible ends this process in the middle (Ctrl-C, SIGTERM).
+        # The file has no name yet, so nothing of it stays when Ansible ends this process in the middle of the copy.
         with _as_ansible_errors(), _open_unnamed(os.path.dirname(os.path.abspath(target))) as file:
             files.fetch_file(context, sandbox, to_text(in_path, errors="surrogate_or_strict"), file)
             file.flush()
-            _replace(target, file)
+            _replace_file(target, file)
 
     def reset(self) -> None:
         """Close the connection, so that the next task looks the sandbox up again."""
@@ -437,7 +437,8 @@ class Connection(ConnectionBase):
     def _explain_refusal(self, sandbox: Sandbox, refusal: str) -> str:
         """Return why the guest refuses the user of the connection.
 
-        The host is unreachable then, as by SSH. wait_for_connection shows no result of a failed command.
+        The host then counts as unreachable, as with SSH. The result of a failed command would not help, because
+        wait_for_connection does not show it.
         """
         if refusal == "no_user":
             return (
@@ -449,13 +450,14 @@ class Connection(ConnectionBase):
             "leave the user out (ansible_user, job_user), or run the agent as root"
         )
 
-    def _reached(self) -> tuple[Context, Sandbox]:
+    def _require_connection(self) -> tuple[Context, Sandbox]:
+        """Connect if need be, and return the context and the sandbox. Raises AnsibleConnectionFailure."""
         self._connect()
         if self._context is None or self._sandbox is None:
             raise AnsibleConnectionFailure("the connection to the sandbox was closed; run again")
         return self._context, self._sandbox
 
-    def _find(self, context: Context) -> Sandbox:
+    def _find_sandbox(self, context: Context) -> Sandbox:
         """Return the record of the configured sandbox. Raises NotFound, or AnsibleError with what is wrong."""
         vmid, uuid, name = self.get_option("vmid"), self.get_option("uuid"), self._host
         if uuid:
@@ -472,7 +474,7 @@ class Connection(ConnectionBase):
 
     # ---- become ----
 
-    def _with_password(self, cmd: str, sudoable: bool) -> tuple[str, dict[str, str]]:
+    def _add_password(self, cmd: str, sudoable: bool) -> tuple[str, dict[str, str]]:
         """Return the command and its environment, with the become password if the become method may ask for it."""
         password = self.become.get_option("become_pass") if self.become is not None and sudoable else None
         # root needs no password to become another user.
@@ -487,7 +489,8 @@ class Connection(ConnectionBase):
         check = f"sudo -n -u {shlex.quote(user)} {shlex.quote(self.get_option('executable'))} -c :"
         return _WITH_PASSWORD.format(check=check, command=cmd), {"AGENTLAB_BECOME": to_text(password)}
 
-    def _judge_password(self, output: bytes) -> None:
+    def _check_password(self, output: bytes) -> None:
+        """Raise AnsibleError if the output says that the become password is wrong."""
         if self.become is None:
             return
         if self.become.check_incorrect_password(output) or b"incorrect password attempt" in output:
@@ -496,7 +499,7 @@ class Connection(ConnectionBase):
 
 @contextlib.contextmanager
 def _as_ansible_errors() -> Iterator[None]:
-    """Turn errors of the core into Ansible's: unreachable if certainly nothing was run, else a failed task."""
+    """Turn errors of the core into Ansible's: unreachable if certainly nothing was run, otherwise a failed task."""
     try:
         yield
     except AgentlabError as error:
@@ -511,15 +514,15 @@ def _as_ansible_errors() -> Iterator[None]:
 def _open_unnamed(folder: str) -> IO[bytes]:
     """Return a new file without a name in a folder, open for reading and writing. Raises OSError."""
     try:
-        # tempfile adds O_EXCL, which forbids to give the file a name later.
+        # Not tempfile: it adds O_EXCL, and such a file can never get a name.
         return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600), "w+b")
     except (OSError, AttributeError):
-        # A file system, or a system (macOS), without such files.
+        # The file system, or the system (macOS), has no files without a name.
         return tempfile.TemporaryFile(dir=folder)
 
 
-def _replace(target: str, source: IO[bytes]) -> None:
-    """Put a file without a name in the place of ``target``, in one step. A device or a pipe is written to.
+def _replace_file(target: str, source: IO[bytes]) -> None:
+    """Replace ``target`` by a file without a name, in one step. Write to a device or a pipe instead.
 
     Raises OSError.
     """
@@ -528,7 +531,7 @@ def _replace(target: str, source: IO[bytes]) -> None:
         with os.fdopen(os.open(target, os.O_WRONLY), "wb") as special:
             shutil.copyfileobj(source, special)
         return
-    # The source is for its owner only. Give the file the mode that the umask would give it, or that of the old one.
+    # The source is readable for its owner only. Give it the mode of the old file, or else of a new file by the umask.
     umask = os.umask(0o077)
     os.umask(umask)
     mode = os.stat(target).st_mode & 0o7777 if os.path.exists(target) else 0o666 & ~umask
@@ -537,11 +540,11 @@ def _replace(target: str, source: IO[bytes]) -> None:
     fresh = os.path.join(folder, f".agentlab-{secrets.token_hex(8)}")
     try:
         try:
-            # The path is absolute, so the folder does not matter. With it, Python makes a link to the file, and not to
-            # the symbolic link in /proc.
+            # The path is absolute, so src_dir_fd does not matter. But with it Python calls linkat with
+            # AT_SYMLINK_FOLLOW, which links the file itself and not the symbolic link in /proc.
             os.link(f"/proc/self/fd/{source.fileno()}", fresh, src_dir_fd=source.fileno(), follow_symlinks=True)
         except (OSError, NotImplementedError):
-            # Not every file system gives a name to a file that had none.
+            # Some file systems cannot give a name to a file without one. Then copy the file.
             source.seek(0)
             with open(fresh, "xb") as copy:
                 shutil.copyfileobj(source, copy)
@@ -553,5 +556,6 @@ def _replace(target: str, source: IO[bytes]) -> None:
         raise
 
 
-def _tail(output: bytes) -> str:
+def _quote_tail(output: bytes) -> str:
+    """Return the end of the output for a message."""
     return repr(output[-500:].decode("utf-8", "replace"))

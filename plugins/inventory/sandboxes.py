@@ -183,7 +183,7 @@ class _DaemonConnection(http.client.HTTPConnection):
 
 
 class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
-    """Make hosts of the sandboxes in the records."""
+    """Make a host of each sandbox in the records."""
 
     NAME = "agentlab.proxmox.sandboxes"
 
@@ -192,14 +192,14 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         return bool(super().verify_file(path)) and path.endswith(("agentlab.yml", "agentlab.yaml"))
 
     def parse(self, inventory: Any, loader: Any, path: str, cache: bool = True) -> None:
-        """Add a host for every sandbox. Raises AnsibleParserError, which says what to change."""
+        """Add a host for each sandbox of the chosen states. Raises AnsibleParserError, which says what to change."""
         super().parse(inventory, loader, path, cache)
         self._read_config_data(path)
         read, source = self._choose_source(os.path.dirname(os.path.abspath(path)))
         chosen_states = self.get_option("states")
-        for sandbox in self._load(path, source, read, cache):
+        for sandbox in self._load_sandboxes(path, source, read, cache):
             if not chosen_states or sandbox["state"] in chosen_states:
-                self._add(sandbox)
+                self._add_host(sandbox)
 
     def _choose_source(self, folder: str) -> tuple[Callable[[], list[dict[str, Any]]], str]:
         """Return the function that reads the sandboxes, and the name of its source."""
@@ -210,9 +210,9 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
                     "socket: is set, and so is database or config_file; the daemon has one database of its own. "
                     "Give socket alone, or leave it out"
                 )
-            path = _absolute(path, folder)
+            path = _make_absolute(path, folder)
             return lambda: self._ask_daemon(path), f"socket {path}"
-        options = {name: _absolute(self.get_option(name), folder) for name in ("database", "config_file")}
+        options = {name: _make_absolute(self.get_option(name), folder) for name in ("database", "config_file")}
         options["database_password"] = self.get_option("database_password")
         try:
             config = core_config.load(options, os.environ)
@@ -220,7 +220,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
             raise AnsibleParserError(error.message) from None
         return lambda: _read_records(config), f"database {config.database}"
 
-    def _load(
+    def _load_sandboxes(
         self, path: str, source: str, read: Callable[[], list[dict[str, Any]]], cache: bool
     ) -> list[dict[str, Any]]:
         """Return the sandboxes, from the cache if one is in use and has them."""
@@ -241,14 +241,14 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         return sandboxes
 
     def _ask_daemon(self, path: str) -> list[dict[str, Any]]:
-        """Return the sandboxes in the daemon's list."""
+        """Return the sandboxes in the daemon's list. Raises AnsibleParserError."""
         connection = _DaemonConnection(path, self.get_option("timeout"))
         try:
             connection.request("GET", "/v1/sandboxes?owner=true", headers={"Accept": "application/json"})
             response = connection.getresponse()
             text = response.read(_LARGEST_ANSWER + 1)
         except (OSError, http.client.HTTPException) as error:
-            raise AnsibleParserError(_explain(path, error)) from None
+            raise AnsibleParserError(_explain_failure(path, error)) from None
         finally:
             connection.close()
         answer: Any = None
@@ -274,7 +274,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         sandboxes: list[dict[str, Any]] = answer["sandboxes"]
         return sandboxes
 
-    def _add(self, sandbox: Mapping[str, Any]) -> None:
+    def _add_host(self, sandbox: Mapping[str, Any]) -> None:
         """Add the host of one sandbox with its variables, and apply keyed_groups, groups and compose."""
         name = f"{self.get_option('host_prefix')}{sandbox['name']}"
         if name in _RESERVED:
@@ -306,7 +306,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         self._add_host_to_keyed_groups(self.get_option("keyed_groups"), variables, name, strict=strict)
 
 
-def _absolute(path: str | None, folder: str) -> str | None:
+def _make_absolute(path: str | None, folder: str) -> str | None:
     """Return the path, relative to the inventory file's folder. A URL stays unchanged."""
     if not path or "://" in path:
         return path
@@ -343,7 +343,7 @@ def _are_sandboxes(value: Any) -> bool:
     )
 
 
-def _explain(path: str, error: Exception) -> str:
+def _explain_failure(path: str, error: Exception) -> str:
     """Return why the daemon did not answer, and what to do."""
     if isinstance(error, PermissionError):
         return f"socket: this user may not use {path}; add the user to the group agentlab and log in again"

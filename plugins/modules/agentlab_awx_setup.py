@@ -323,7 +323,7 @@ def main():
     plan = _awx_plan.Plan()
     done_steps = 0
 
-    def result():
+    def compose_result():
         steps = [
             {
                 "kind": step.kind,
@@ -371,7 +371,7 @@ def main():
             plan = maker.plan
             maker.set_up()
         if plan.problems:
-            module.fail_json(msg=". ".join(plan.problems), **result())
+            module.fail_json(msg=". ".join(plan.problems), **compose_result())
         if plan.foreign and not module.check_mode and not params["adopt"]:
             module.fail_json(
                 msg=(
@@ -379,7 +379,7 @@ def main():
                     f"by this set-up: {'; '.join(plan.foreign)}. Choose another awx_prefix or awx_project, or set "
                     "awx_adopt to true to take them over"
                 ),
-                **result(),
+                **compose_result(),
             )
         if not module.check_mode:
             for step in plan.steps:
@@ -391,8 +391,8 @@ def main():
             if done_steps
             else ""
         )
-        module.fail_json(msg=f"{error}{after}", **result())
-    module.exit_json(**result())
+        module.fail_json(msg=f"{error}{after}", **compose_result())
+    module.exit_json(**compose_result())
 
 
 if __name__ == "__main__":

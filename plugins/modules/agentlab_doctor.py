@@ -118,7 +118,7 @@ def build_context(module, config):
     return doctor.Doctor(config)
 
 
-def work(module, examiner):
+def run_module(module, examiner):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor
 
     params = module.params
@@ -139,7 +139,7 @@ def work(module, examiner):
 
 
 def main(module_class=_adapter.AnsibleModule):
-    _adapter.run(ARGUMENT_SPEC, work, module_class=module_class, build_context=build_context)
+    _adapter.run(ARGUMENT_SPEC, run_module, module_class=module_class, build_context=build_context)
 
 
 if __name__ == "__main__":

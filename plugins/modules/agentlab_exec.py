@@ -243,7 +243,7 @@ ARGUMENT_SPEC = {
 }
 
 
-def work(module, context):
+def run_module(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils import _exec
 
     return _exec.run(module, context)
@@ -252,7 +252,7 @@ def work(module, context):
 def main(module_class=SecretModule):
     _adapter.run(
         ARGUMENT_SPEC,
-        work,
+        run_module,
         module_class=module_class,
         mutually_exclusive=[("argv", "cmd")],
         required_one_of=[("vmid", "name")],

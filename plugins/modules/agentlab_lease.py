@@ -74,7 +74,7 @@ ARGUMENT_SPEC = {
 }
 
 
-def work(module, context):
+def run_module(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils import _lease
 
     return _lease.run(module, context)
@@ -83,7 +83,7 @@ def work(module, context):
 def main(module_class=_adapter.AnsibleModule):
     _adapter.run(
         ARGUMENT_SPEC,
-        work,
+        run_module,
         module_class=module_class,
         mutually_exclusive=[_adapter.SELECT_EXCLUSIVE[0]],
         required_one_of=[_adapter.SELECT_EXCLUSIVE[0]],

@@ -97,7 +97,7 @@ ARGUMENT_SPEC = {
 _MAY_BE_A_LIST = [int(part) for part in ansible_version.split(".")[:2]] < [2, 21]
 
 
-def work(module, context):
+def run_module(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import durations, states
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune
 
@@ -136,7 +136,7 @@ def work(module, context):
 
 
 def main(module_class=_adapter.AnsibleModule):
-    _adapter.run(ARGUMENT_SPEC, work, module_class=module_class)
+    _adapter.run(ARGUMENT_SPEC, run_module, module_class=module_class)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ ARGUMENT_SPEC = {
 }
 
 
-def _release(module, context):
+def _release_hold(module, context):
     """Release the hold on leases and cleanup. Return whether there was one."""
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import timeguard
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup
@@ -95,10 +95,10 @@ def _release(module, context):
     return bool(hold)
 
 
-def work(module, context):
+def run_module(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import reconcile
 
-    released = module.params["release_leases"] and _release(module, context)
+    released = module.params["release_leases"] and _release_hold(module, context)
     drifts = reconcile.run(context, apply=not module.check_mode, adopt_cluster=module.params["adopt_cluster"])
     drift = [entry.public() for entry in drifts]
     changes = [entry for entry in drifts if (entry.applied if not module.check_mode else entry.would_change)]
@@ -119,7 +119,7 @@ def work(module, context):
 
 
 def main(module_class=_adapter.AnsibleModule):
-    _adapter.run(ARGUMENT_SPEC, work, module_class=module_class)
+    _adapter.run(ARGUMENT_SPEC, run_module, module_class=module_class)
 
 
 if __name__ == "__main__":

@@ -595,7 +595,7 @@ ITEM_SPEC = {
 ARGUMENT_SPEC = {**TASK_SPEC, "items": {"type": "list", "elements": "dict", "options": ITEM_SPEC}}
 
 
-def work(module, context):
+def run_module(module, context):
     # Imported here, because a run needs only the code for its state.
     from ansible_collections.agentlab.proxmox.plugins.module_utils import _sandbox
 
@@ -606,7 +606,7 @@ EXCLUSIVE = [("vmid", "vmids"), ("name", "vmids"), ("items", "vmid"), ("items", 
 
 
 def main(module_class=_adapter.AnsibleModule):
-    _adapter.run(ARGUMENT_SPEC, work, module_class=module_class, mutually_exclusive=EXCLUSIVE)
+    _adapter.run(ARGUMENT_SPEC, run_module, module_class=module_class, mutually_exclusive=EXCLUSIVE)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ ARGUMENT_SPEC = {
 }
 
 
-def work(module, context):
+def run_module(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.views import info
 
     params = module.params
@@ -189,7 +189,9 @@ def work(module, context):
 
 
 def main(module_class=_adapter.AnsibleModule):
-    _adapter.run(ARGUMENT_SPEC, work, module_class=module_class, mutually_exclusive=[_adapter.SELECT_EXCLUSIVE[0]])
+    _adapter.run(
+        ARGUMENT_SPEC, run_module, module_class=module_class, mutually_exclusive=[_adapter.SELECT_EXCLUSIVE[0]]
+    )
 
 
 if __name__ == "__main__":

@@ -146,14 +146,14 @@ ARGUMENT_SPEC = {
 }
 
 
-def work(module, context):
+def run_module(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils import _workspace
 
     return _workspace.run(module, context)
 
 
 def main(module_class=_adapter.AnsibleModule):
-    _adapter.run(ARGUMENT_SPEC, work, module_class=module_class, mutually_exclusive=[("vmid", "sandbox")])
+    _adapter.run(ARGUMENT_SPEC, run_module, module_class=module_class, mutually_exclusive=[("vmid", "sandbox")])
 
 
 if __name__ == "__main__":

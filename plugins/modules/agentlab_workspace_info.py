@@ -79,7 +79,7 @@ ARGUMENT_SPEC = {
 }
 
 
-def work(module, context):
+def run_module(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 
     params = module.params
@@ -94,7 +94,7 @@ def work(module, context):
 
 
 def main(module_class=_adapter.AnsibleModule):
-    _adapter.run(ARGUMENT_SPEC, work, module_class=module_class)
+    _adapter.run(ARGUMENT_SPEC, run_module, module_class=module_class)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_a_fetched_file_gets_its_name_without_a_copy(tmp_path: Path, monkeypatch
         file.write(b"data")
         file.flush()
         assert list(tmp_path.iterdir()) == []
-        sandbox._replace(str(target), file)
+        sandbox._replace_file(str(target), file)
     assert target.read_bytes() == b"data" and list(tmp_path.iterdir()) == [target]
 
 
@@ -40,7 +40,7 @@ def test_where_no_name_can_be_given_a_fetched_file_is_copied(tmp_path: Path) -> 
     with tempfile.TemporaryFile(dir=tmp_path) as file:
         file.write(b"data")
         file.flush()
-        sandbox._replace(str(target), file)
+        sandbox._replace_file(str(target), file)
     assert target.read_bytes() == b"data" and target.stat().st_mode & 0o7777 == 0o640
     assert list(tmp_path.iterdir()) == [target]
 
@@ -54,7 +54,7 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     with tempfile.TemporaryFile(dir=tmp_path) as file:
         file.write(b"data")
         file.flush()
-        sandbox._replace(str(pipe), file)
+        sandbox._replace_file(str(pipe), file)
     assert pipe.is_fifo() and os.read(reader, 100) == b"data"
     os.close(reader)
     assert list(tmp_path.iterdir()) == [pipe]
