@@ -499,14 +499,19 @@ class Connection(ConnectionBase):
 
 @contextlib.contextmanager
 def _as_ansible_errors() -> Iterator[None]:
-    """Turn errors of the core into Ansible's: unreachable if certainly nothing was run, otherwise a failed task."""
+    """Turn errors of the core into Ansible's.
+
+    Unreachable: certainly nothing was run, or the guest went down while a command ran. The latter is what SSH says,
+    and what ansible.builtin.reboot expects. Otherwise the task fails.
+    """
     try:
         yield
     except AgentlabError as error:
         message = error.message
         if isinstance(error, NotFound):
             message += ". Give the name or the VMID of a sandbox as the host's name or as ansible_host"
-        raise (AnsibleConnectionFailure if error.code in _UNREACHABLE else AnsibleError)(message) from None
+        is_unreachable = error.code in _UNREACHABLE or error.detail.get("guest_ended")
+        raise (AnsibleConnectionFailure if is_unreachable else AnsibleError)(message) from None
     except OSError as error:
         raise AnsibleError(f"{error.filename or 'file'}: {error.strerror or error}; mend path or permissions") from None
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from support.double import Server
-from support.play import Run
+from support.play import Run, play
 from support.shards import keep_part
 from support.story import tell
 
@@ -67,3 +68,32 @@ def given(context: Callable[..., Any], server: Server) -> Callable[..., list[Any
         return sandboxes
 
     return make
+
+
+@pytest.fixture
+def box(server: Server, given: Any) -> Any:
+    """The record of the running sandbox ``box``, whose guest runs commands."""
+    server.pve.agent_default = True
+    (sandbox,) = given(name="box")
+    return sandbox
+
+
+@pytest.fixture
+def inside(env: dict[str, str], tmp_path: Path, server: Server, box: Any) -> Callable[..., Run]:
+    """inside(tasks, variable=...): run the tasks in the sandbox; requests to Proxmox are counted by task."""
+
+    def run(tasks: list[dict[str, Any]], host: str = "box", **variables: Any) -> Run:
+        folder = server.pve.machine(box.vmid).folder
+        values = {
+            "ansible_connection": "agentlab.proxmox.sandbox",
+            "ansible_python_interpreter": "/usr/bin/python3",
+            "ansible_remote_tmp": f"{folder}/ansible",
+            "guest": str(folder),
+            **variables,
+        }
+        inventory = tmp_path / "boxes.yml"
+        inventory.write_text(yaml.safe_dump({"all": {"hosts": {host: values}}}), encoding="utf-8")
+        whole = [{"name": "inside", "hosts": host, "gather_facts": False, "tasks": tasks}]
+        return play(whole, env, tmp_path, pve=server.pve, args=("-i", str(inventory)))
+
+    return run

@@ -23,40 +23,11 @@ import pytest
 import yaml
 
 from support.double import Server
-from support.play import Run, play, run_command, run_play
+from support.play import Run, run_command, run_play
 from support.programs import require, require_program
 
 Inside = Callable[..., Run]
 Task = dict[str, Any]
-
-
-@pytest.fixture
-def box(server: Server, given: Any) -> Any:
-    """The record of the running sandbox ``box``, whose guest runs commands."""
-    server.pve.agent_default = True
-    (sandbox,) = given(name="box")
-    return sandbox
-
-
-@pytest.fixture
-def inside(env: dict[str, str], tmp_path: Path, server: Server, box: Any) -> Inside:
-    """inside(tasks, variable=...): run the tasks in the sandbox; requests to Proxmox are counted by task."""
-
-    def run(tasks: list[Task], host: str = "box", **variables: Any) -> Run:
-        folder = server.pve.machine(box.vmid).folder
-        values = {
-            "ansible_connection": "agentlab.proxmox.sandbox",
-            "ansible_python_interpreter": "/usr/bin/python3",
-            "ansible_remote_tmp": f"{folder}/ansible",
-            "guest": str(folder),
-            **variables,
-        }
-        inventory = tmp_path / "boxes.yml"
-        inventory.write_text(yaml.safe_dump({"all": {"hosts": {host: values}}}), encoding="utf-8")
-        whole = [{"name": "inside", "hosts": host, "gather_facts": False, "tasks": tasks}]
-        return play(whole, env, tmp_path, pve=server.pve, args=("-i", str(inventory)))
-
-    return run
 
 
 def test_every_option_of_the_core_is_one_of_the_connection() -> None:

@@ -518,6 +518,7 @@ class _Run:
                 "not known; look in the guest, then run it again (without run_id) if it is to run again",
                 vmid=vmid,
                 run_id=self.id,
+                guest_ended=True,
             )
         if frame.state == "lost":
             self.guest.judge_again()
@@ -528,6 +529,7 @@ class _Run:
                 vmid=vmid,
                 run_id=self.id,
                 lost=True,
+                guest_ended=True,
             )
         if frame.state not in ("ended", "running", "acked"):
             raise GuestFailed(f"sandbox {vmid}: the guest's answer makes no sense, so it is not believed", vmid=vmid)
@@ -682,7 +684,7 @@ class _Command(_Run):
         except GuestRefused as error:
             if self.begun:
                 # A refusal of a later request says nothing about the command.
-                raise self._make_unknown_error(error.message) from None
+                raise self._make_unknown_error(error) from None
             if error.detail.get("begun") is None and self.journal.state == runs.SENT and self.journal.is_new:
                 self._end_without_result(runs.REFUSED, error)
             raise
@@ -853,10 +855,10 @@ class _Command(_Run):
             pause = access.choose_silent_pause(attempt)
             attempt += 1
             if problem.detail.get("odd") and attempt > 2:
-                raise self._make_unknown_error(problem.message) from None
+                raise self._make_unknown_error(problem) from None
             if clock.monotonic() - began + pause > (patience if unanswered else self.spec.wait_for_agent + 1):
                 if unanswered:
-                    raise self._make_unknown_error(problem.message) from None
+                    raise self._make_unknown_error(problem) from None
                 raise problem
             clock.sleep(pause)
 
@@ -896,8 +898,11 @@ class _Command(_Run):
             self.packed = _pack_input(self.prepared, self.layout, frozenset())
         return True
 
-    def _make_unknown_error(self, why: str) -> OutcomeUnknown:
-        """Return the error for a command that may have begun and whose result did not arrive."""
+    def _make_unknown_error(self, error: AgentlabError) -> OutcomeUnknown:
+        """Return the error for a command that may have begun and whose result did not arrive because of ``error``.
+
+        ``guest_ended`` in its detail: the guest, or its agent, went down meanwhile.
+        """
         try:
             sandbox = self.ctx.records.get(self.sandbox.uuid)
         except AgentlabError:
@@ -913,10 +918,12 @@ class _Command(_Run):
             )
         else:
             text = (
-                f"{why.rstrip('.')}. The command may have begun, and its result is not known. Ask again with "
+                f"{error.message.rstrip('.')}. The command may have begun, and its result is not known. Ask again with "
                 f"run_id={self.id}: the same run is never begun twice"
             )
-        return OutcomeUnknown(text, vmid=self.sandbox.vmid, run_id=self.id)
+        has_ended = isinstance(error, GuestRefused) and error.reason in ("silent", "stopped", "hibernated")
+        detail = {"guest_ended": True} if has_ended else {}
+        return OutcomeUnknown(text, vmid=self.sandbox.vmid, run_id=self.id, **detail)
 
     def _send_pieces(self, numbers: list[int]) -> None:
         """Send these pieces of standard input in parallel."""
