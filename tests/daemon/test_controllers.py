@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from support import engines
+from support.cli import agentlab
 from support.daemon import Daemon, Make, free_port
 from support.double import Server
 from support.engines import require_postgresql
@@ -137,6 +139,51 @@ def test_the_database_goes_away_in_the_middle_of_a_destroy(
     postgres.start()
     daemon.wait_for(lambda: daemon.get(f"/v1/sandboxes/{vmid}").status == 200, "it answers again", 60)
     daemon.wait_for(lambda: vmid not in [vm.vmid for vm in server.pve.vms], "what was begun is finished", 90)
+    assert "Traceback" not in daemon.log()
+
+
+@pytest.mark.parametrize("lock", ["UPDATE sandboxes SET name = name", "LOCK TABLE controllers IN EXCLUSIVE MODE"])
+def test_a_session_that_keeps_the_records_locked_is_named_by_the_status(
+    start: Callable[..., Daemon], postgres: PostgresServer, lock: str
+) -> None:
+    import psycopg
+
+    daemon = start()
+    vmid = daemon.good("POST", "/v1/sandboxes", {"name": "a1", "ttl": "1h"}, 201)["vmid"]
+    with psycopg.connect(daemon.environment["AGENTLAB_DATABASE"], application_name="psql") as session:
+        session.execute(lock)
+        asked = daemon.connection()
+        renewal = json.dumps({"ttl": "3h"})
+        asked.request("POST", f"/v1/sandboxes/{vmid}/lease/renew", renewal, {"Content-Type": "application/json"})
+        told = daemon.wait_for(
+            lambda: [one for one in daemon.get("/v1/status").body["conditions"] if one["part"] == "records"],
+            "the status says what it waits for",
+            40,
+        )[0]
+        assert (
+            told["condition"] == "waits" and f"session {session.info.backend_pid} of role tester, psql" in told["why"]
+        )
+        assert "pg_terminate_backend" in told["todo"] and "fuser" not in str(told)
+        session.rollback()
+    assert asked.getresponse().status == 200
+    asked.close()
+    parts = [one["part"] for one in daemon.get("/v1/status").body["conditions"]]
+    assert "records" not in parts
+
+
+def test_a_table_that_nobody_may_read_is_told_by_status_and_command_line(
+    start: Callable[..., Daemon], postgres: PostgresServer
+) -> None:
+    import psycopg
+
+    daemon = start()
+    with psycopg.connect(daemon.environment["AGENTLAB_DATABASE"], application_name="psql") as session:
+        session.execute("LOCK TABLE sandboxes, operations IN ACCESS EXCLUSIVE MODE")
+        for words in (("status",), ("sandbox", "list")):
+            told = agentlab(*words, socket=daemon.socket)
+            assert told.returncode == 1 and f"session {session.info.backend_pid} of role tester" in told.stderr, told
+            assert "nothing was written" in told.stderr
+    assert agentlab("status", socket=daemon.socket).returncode == 0
     assert "Traceback" not in daemon.log()
 
 

@@ -181,6 +181,7 @@ ELSEWHERE: dict[str, dict[str, tuple[Path, str, str]]] = {
         "time of a write for the lock of a SQLite file": (CORE, "store/sqlite/engine.py", "BUSY_SECONDS"),
         "time for a connection to PostgreSQL": (CORE, "store/postgres/engine.py", "_CONNECT_SECONDS"),
         "time of a write for a lock of PostgreSQL": (CORE, "store/postgres/engine.py", "_LOCK_SECONDS"),
+        "time of a read for a lock of PostgreSQL": (CORE, "store/postgres/engine.py", "_READ_LOCK_SECONDS"),
         "time of a transaction whose process pauses": (CORE, "store/postgres/engine.py", "_IDLE_SECONDS"),
         "records that are forgotten in one transaction": (CORE, "maintenance/cleanup.py", "_FORGET_AT_ONCE"),
     },

@@ -172,4 +172,4 @@ def test_only_a_connection_that_was_never_made_is_not_tried_again(text: str, exp
     require_postgresql()
     import psycopg
 
-    assert engine._refused(psycopg.OperationalError(text)) is expected
+    assert engine._is_refused(psycopg.OperationalError(text)) is expected

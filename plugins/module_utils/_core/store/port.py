@@ -65,7 +65,8 @@ class Engine(Protocol):
     path: str
     # "sqlite" or "postgresql", and the schema of the opened records.
     kind: str
-    # Time since which a write has been waiting for other processes (monotonic seconds), or None.
+    # Time since which a write has not come to its end (monotonic seconds), or None. On SQLite that is the wait for its
+    # lock; on a server, statements may wait as well.
     waits_since: float | None
     # Exceptions raised by a statement that violates a unique index.
     conflicts: tuple[type[Exception], ...]
@@ -121,6 +122,15 @@ class Engine(Protocol):
 
     def write_later(self, sql: str, values: Sequence[Any]) -> None:
         """Run a statement once the database answers again. Engines whose claims end with the process do nothing."""
+
+    def lock_sandbox(self, conn: Any, uuid: str) -> None:
+        """Wait for everything that can keep the transaction from writing this sandbox's record, before a clock is read.
+
+        Does nothing on an engine on which a transaction that has begun waits for nobody.
+        """
+
+    def name_locker(self) -> str:
+        """Return who keeps writers of the records waiting, as far as that can be seen from here."""
 
     def lead(self, job: str) -> bool:
         """Return whether this process is the one that does ``job`` now. Always True on an engine for a single host."""

@@ -780,7 +780,8 @@ class Records:
         apart = apart if abs(apart) > 1 else 0
 
         def work(conn: Connection) -> Sandbox:
-            # Waiting for the writer's lock may have taken us past the end of the lease, so read the clock again here.
+            # Waiting for locks may have taken us past the end of the lease, so read the clock again after them.
+            self.db.lock_sandbox(conn, sandbox.uuid)
             # The sum of the start time and the waiting time, each rounded down, could be a second too small. The larger
             # of both counts, because the clock may have been set back meanwhile.
             latest = (

@@ -76,6 +76,12 @@ class Rehearsal:
     def set_counters(self, conn: Any, counters: dict[str, int]) -> None:
         self._database.set_counters(conn, counters)
 
+    def lock_sandbox(self, conn: Any, uuid: str) -> None:
+        self._database.lock_sandbox(conn, uuid)
+
+    def name_locker(self) -> str:
+        return self._database.name_locker()
+
     def is_abandoned(self, process: str, read: Callable[[str, Sequence[Any]], Sequence[Any]]) -> bool:
         return self._database.is_abandoned(process, read)
 

@@ -19,7 +19,6 @@ from agentlab_core import clock as clock_module
 from agentlab_core import timeguard
 from agentlab_core.errors import AgentlabError
 from agentlab_core.store import overview
-from agentlab_core.store.sqlite.locker import name_locker
 
 from .logs import log
 
@@ -149,9 +148,8 @@ class Conditions:
             yield Condition(
                 "records",
                 WAITS,
-                "a write waits for the records, which another process has locked "
-                f"({name_locker(service.config.database)})",
-                "end that process, or wait until it has done",
+                f"a write waits for the records, which another process has locked ({database.name_locker()})",
+                "end that process (on PostgreSQL: SELECT pg_terminate_backend(PID)), or wait until it has done",
                 began,
             )
             # The other reads would wait as well.

@@ -277,7 +277,7 @@ def tell_wait(database: str) -> Iterator[None]:
     def log_wait() -> None:
         address = database_address.parse(database)
         why = (
-            "their server has not answered yet"
+            "their server has not answered yet, or another session keeps the tables locked (pg_stat_activity)"
             if address.engine == database_address.POSTGRESQL
             else f"another process has locked them ({name_locker(database)})"
         )

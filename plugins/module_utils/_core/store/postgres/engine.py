@@ -57,6 +57,19 @@ T = TypeVar("T")
 # Keys of advisory locks: "alab", and what the lock is for.
 _LOCK_SPACE = 0x616C6162
 _WRITER, _MIGRATION = 1, 2
+# The session that keeps others waiting for the records and waits for nobody itself; the oldest first. Readers keep
+# nobody waiting.
+_LOCKER = f"""
+SELECT pid, usename, application_name, host(client_addr),
+    to_char(xact_start AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
+FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND cardinality(pg_blocking_pids(pid)) = 0 AND pid IN (
+    SELECT pid FROM pg_locks LEFT JOIN pg_class ON pg_class.oid = relation
+    WHERE granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND ((locktype = 'advisory' AND classid = {_LOCK_SPACE} AND objid IN ({_WRITER}, {_MIGRATION}))
+        OR (mode <> 'AccessShareLock'
+            AND relname IN ('sandboxes', 'workspaces', 'operations', 'events', 'claims', 'meta', 'controllers'))))
+ORDER BY xact_start NULLS LAST LIMIT 1
+"""
 # Numbers of the locks of jobs start here; add the job's position in JOBS. The first lock says which daemon does the job
 # on schedule, and is held as long as that daemon lives. The second is held during one pass.
 JOBS = ("reconcile", "cleanup")
@@ -68,6 +81,8 @@ DEAD_SECONDS = 30.0
 _FORGET_SECONDS = 86400
 _IDLE_SECONDS = 15
 _LOCK_SECONDS = 60
+# Readers wait only for whoever keeps all others off a table.
+_READ_LOCK_SECONDS = 5
 _CONNECT_SECONDS = 5
 _ATTEMPTS = 5
 # Maximum age in seconds of the last reading of the server's clock.
@@ -77,6 +92,7 @@ _CLOCK_SECONDS = 10.0
 _ENCODINGS = ("UTF8", "SQL_ASCII")
 
 _EPOCH = "extract(epoch FROM clock_timestamp())::float8"
+_SHORT_WAIT = f"SET lock_timeout = '{_READ_LOCK_SECONDS}s'"
 _OPENING = (
     f"SELECT {_EPOCH}, (SELECT value FROM meta WHERE key = '{own_schema.VERSION_KEY}'), "
     "pg_is_in_recovery(), current_setting('server_version')"
@@ -86,7 +102,10 @@ _SESSION = (
     "pg_backend_pid(), current_setting('lock_timeout') <> '0' OR "
     "current_setting('idle_in_transaction_session_timeout') <> '0'"
 )
-_BEGIN = f"BEGIN; SELECT pg_advisory_xact_lock({_LOCK_SPACE}, {_WRITER}); {_OPENING}"
+# The tables that a renewal writes. Their locks are taken before the clock is read: another session (psql, a tool) may
+# keep them for longer than a lease lasts.
+_LOCKED = "LOCK TABLE sandboxes, workspaces, operations, events, controllers IN ROW EXCLUSIVE MODE"
+_BEGIN = f"BEGIN; SELECT pg_advisory_xact_lock({_LOCK_SPACE}, {_WRITER}); {_LOCKED}; {_OPENING}"
 
 
 class NamedRow(tuple[Any, ...]):
@@ -211,6 +230,8 @@ class PostgresDatabase(GroupCommit):
         # The number of the last commit that the server confirmed, and the seconds since boot at that moment.
         self._confirmed = (0, 0.0)
         self._lost_commits = False
+        # Seconds since boot until which nobody's heartbeat counts as stopped.
+        self._trusts_heartbeats_at = 0.0
         self._registered = False
         self._closed = threading.Event()
         self._beating: threading.Thread | None = None
@@ -316,6 +337,7 @@ class PostgresDatabase(GroupCommit):
                         path=self.path,
                     )
                 self._migrate(connection)
+            connection.execute(_SHORT_WAIT)
 
     def _learn_server(self, row: Any) -> int:
         """Store the server's clock and version, and return the schema's version.
@@ -383,7 +405,10 @@ class PostgresDatabase(GroupCommit):
         failures = refusals.describe(error)
         text = "; ".join(failures)
         if isinstance(error, errors.LockNotAvailable):
-            advice = f"another controller kept the records busy for {_LOCK_SECONDS} seconds; run again"
+            advice = (
+                f"another session kept the records locked for too long ({self.name_locker()}); nothing was written. "
+                "End it (SELECT pg_terminate_backend(PID)), or wait until it has done, then run again"
+            )
         elif isinstance(error, _CONFLICTS):
             advice = (
                 f"other sessions changed the same rows in each of {_ATTEMPTS} attempts; nothing was written; run again"
@@ -439,7 +464,10 @@ class PostgresDatabase(GroupCommit):
                 try:
                     if self._reader is None or self._reader.closed:
                         self._reader = self._connect()
+                        self._reader.execute(_SHORT_WAIT)
                     return list(map(make, Session(self._reader).execute(sql, values)))
+                except errors.LockNotAvailable:
+                    raise
                 except _LOST:
                     self._reader = self._drop_connection(self._reader)
                     if last:
@@ -514,35 +542,38 @@ class PostgresDatabase(GroupCommit):
     @contextlib.contextmanager
     def _transact(self) -> Iterator[Session]:
         """Run one transaction under the writer's lock. Called with this process's own writer lock held."""
-        connection = self._begin_transaction()
+        self.waits_since = time.monotonic()
         try:
-            yield Session(connection)
-            self._refuse_ended()
-        except BaseException:
-            self._roll_back(connection)
-            raise
-        self._commit_connection(connection)
+            connection = self._begin_transaction()
+            try:
+                yield Session(connection)
+                self._refuse_ended()
+            except BaseException:
+                self._roll_back(connection)
+                raise
+            self._commit_connection(connection)
+        finally:
+            if time.monotonic() - self.waits_since > HEARTBEAT_SECONDS:
+                # Whatever kept this process from writing kept others from their heartbeats.
+                self._trusts_heartbeats_at = read_boot_seconds() + DEAD_SECONDS
+            self.waits_since = None
 
     def _begin_transaction(self) -> Any:
         """Begin a transaction, take the writer's lock, and return the connection. Raises StoreError."""
-        self.waits_since = time.monotonic()
+        if self._writer is None or self._writer.closed:
+            self._writer = self._connect_writer()
         try:
-            if self._writer is None or self._writer.closed:
-                self._writer = self._connect_writer()
-            try:
-                cursor = self._writer.execute(_BEGIN)
-                # Of the three statements only the last returns rows.
-                while cursor.nextset():
-                    pass
-                version = self._learn_server(cursor.fetchone())
-                if version < schema.VERSION:
-                    raise StoreError(f"database {self.path}: its tables were replaced by older ones; run again")
-            except BaseException:
-                self._roll_back(self._writer)
-                raise
-            return self._writer
-        finally:
-            self.waits_since = None
+            cursor = self._writer.execute(_BEGIN)
+            # Of these statements only the last one's rows count.
+            while cursor.nextset():
+                pass
+            version = self._learn_server(cursor.fetchone())
+            if version < schema.VERSION:
+                raise StoreError(f"database {self.path}: its tables were replaced by older ones; run again")
+        except BaseException:
+            self._roll_back(self._writer)
+            raise
+        return self._writer
 
     def _connect_writer(self) -> Any:
         """Return a new connection for writing. Check first whether the server still has this process's commits.
@@ -662,7 +693,24 @@ class PostgresDatabase(GroupCommit):
         # After a restart of the server give every controller time for a new heartbeat.
         began = "extract(epoch FROM pg_postmaster_start_time())::float8"
         rows = list(read(f"SELECT greatest(seen_at, {began}) FROM controllers WHERE id = ?", [controller]))
-        return not rows or float(rows[0][0]) < self.read_server_time() - DEAD_SECONDS
+        if not rows:
+            return True
+        if self._must_wait_for_heartbeats() or float(rows[0][0]) >= self.read_server_time() - DEAD_SECONDS:
+            return False
+        # A row that is locked may be a heartbeat that waits; it needs some time once the lock is gone.
+        free = bool(list(read("SELECT 1 FROM controllers WHERE id = ? FOR UPDATE SKIP LOCKED", [controller])))
+        if not free:
+            self._trusts_heartbeats_at = read_boot_seconds() + DEAD_SECONDS
+        return free
+
+    def _must_wait_for_heartbeats(self) -> bool:
+        """Return whether a lock kept this process from writing, a moment ago or in the present transaction.
+
+        Such a lock also keeps the heartbeats of others from being written.
+        """
+        waits = self.waits_since
+        waited = waits is not None and time.monotonic() - waits > HEARTBEAT_SECONDS
+        return waited or read_boot_seconds() < self._trusts_heartbeats_at
 
     def keep_alive(self) -> None:
         with self._reader_lock:
@@ -748,6 +796,28 @@ class PostgresDatabase(GroupCommit):
         )
 
     # ---- the rest of the port ----
+
+    def lock_sandbox(self, conn: Session, uuid: str) -> None:
+        conn.execute(
+            "WITH own AS (SELECT 1 FROM controllers WHERE id = ? FOR UPDATE), "
+            "sandbox AS (SELECT 1 FROM sandboxes WHERE uuid = ? FOR UPDATE) "
+            "SELECT (SELECT count(*) FROM own), (SELECT count(*) FROM sandbox)",
+            (self.controller, uuid),
+        )
+
+    def name_locker(self) -> str:
+        unknown = "which one cannot be seen from here: SELECT pid, usename, query FROM pg_stat_activity"
+        try:
+            with contextlib.closing(self._connect()) as connection:
+                rows = connection.execute(_LOCKER).fetchall()
+        except psycopg.Error:
+            return unknown
+        if not rows:
+            return unknown
+        pid, role, program, address, began = rows[0]
+        where = f", {program or 'a program'} on {address or 'the server'}" if program or address else ""
+        since = f", in a transaction since {began}" if began else ""
+        return f"session {pid} of role {role}{where}{since}"
 
     def explain_replacement(self) -> str | None:
         return None

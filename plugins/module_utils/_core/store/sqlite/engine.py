@@ -327,6 +327,14 @@ class Database(GroupCommit):
     def read_clock_difference(self) -> float:
         return 0.0
 
+    def lock_sandbox(self, conn: Any, uuid: str) -> None:
+        """Do nothing: a transaction that has begun has the lock of the file."""
+
+    def name_locker(self) -> str:
+        from .locker import name_locker
+
+        return name_locker(self.path)
+
     def is_abandoned(self, process: str, read: Callable[[str, Sequence[Any]], Sequence[Any]]) -> bool:
         return False
 
