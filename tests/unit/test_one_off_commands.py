@@ -125,3 +125,13 @@ def test_a_file_that_somebody_wrote_to_meanwhile_stays(tmp_path: Path, monkeypat
     with pytest.raises(StoreError, match="it failed"):
         transfer.copy_records(source, str(target))
     assert target.exists()
+
+
+@pytest.mark.parametrize("side", ["FROM", "TO"])
+def test_a_password_in_an_argument_is_refused_because_the_list_of_processes_shows_it(tmp_path: Path, side: str) -> None:
+    file = make_records(tmp_path / "agentlab.db")
+    uri = "postgresql://agentlab_owner:pw-9x@127.0.0.1:1/records"
+    ended = agentlabd(file, "--copy-records", *((uri, file) if side == "FROM" else (file, uri)))
+    assert ended.returncode == 1 and "pw-9x" not in ended.stderr + ended.stdout
+    assert f"--copy-records: {side} has a password, which every user of this host sees" in ended.stderr
+    assert "--password-stdin, in PGPASSWORD or in a passfile, and replace it" in ended.stderr

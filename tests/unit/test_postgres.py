@@ -584,6 +584,8 @@ def test_the_run_time_role_can_work_and_cannot_change_the_tables(uri: str, tmp_p
         claim, sandbox = reserve(records)
         records.release(claim)
         assert records.get(sandbox.uuid).vmid == 1000 and database.read_latest_event() == 1
+        with pytest.raises(StoreError, match="may not set the counter of events .*Copy as agentlab_owner"):
+            database.write(lambda conn: database.set_counters(conn, {"events": 5}))
         for forbidden in ("DROP TABLE events", "ALTER TABLE events ADD COLUMN x int", "CREATE TABLE x (y int)"):
             with pytest.raises(StoreError, match="grant the run-time role|must be owner"):
                 database.write(lambda conn, sql=forbidden: conn.execute(sql, ()) and None)

@@ -68,7 +68,7 @@ def test_a_pooler_by_session_that_drops_our_settings_gets_them_again(uri: str, p
     for number in range(12):
         # From the sixth time on psycopg prepares the statement.
         records.set_meta("k", str(number))
-        assert Records(second, SystemClock(), "tester").meta("k") == str(number)
+        assert Records(second, SystemClock(), "tester").read_meta("k") == str(number)
     assert first.lead("reconcile") and not second.lead("reconcile")
     for database in (first, second):
         database.close()

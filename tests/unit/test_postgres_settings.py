@@ -13,6 +13,7 @@ import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import database_address
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import StoreError, StoreUnavailable
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import workspaces
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.postgres import engine, refusals
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records
@@ -173,3 +174,24 @@ def test_only_a_connection_that_was_never_made_is_not_tried_again(text: str, exp
     import psycopg
 
     assert engine._is_refused(psycopg.OperationalError(text)) is expected
+
+
+def test_workspaces_are_listed_in_one_order_whatever_the_locale_of_the_database(
+    postgres: PostgresServer, tmp_path: Path
+) -> None:
+    """A locale of a language ignores hyphens where it can; SQLite compares code points."""
+    postgres.execute("CREATE DATABASE english LOCALE_PROVIDER icu ICU_LOCALE 'en-US' TEMPLATE template0")
+    names = ["ab", "a-c", "a-a", "b1", "a_b"]
+    orders = []
+    for address in (str(tmp_path / "records.db"), f"postgresql://tester@127.0.0.1:{postgres.port}/english"):
+        database = open_database(address)
+        insert = (
+            "INSERT INTO workspaces (id, name, state, storage, owner_vmid, volume, size, created_at, updated_at, "
+            "state_changed_at) VALUES (?, ?, 'DETACHED', 'local', ?, 'v', 1, 1, 1, 1)"
+        )
+        rows = [(f"id-{number}", name, 900 + number) for number, name in enumerate(names)]
+        database.write(lambda conn, insert=insert, rows=rows: conn.executemany(insert, rows) and None)
+        records = Records(database, SystemClock(), "tester")
+        orders.append([workspace.name for workspace in workspaces.Workspaces(records).find_all()])
+        database.close()
+    assert orders == [sorted(names)] * 2

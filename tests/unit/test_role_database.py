@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import StoreError
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import schema
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
@@ -25,6 +26,7 @@ from support.play import run_play
 from support.postgres import PostgresServer, find_programs
 
 FILES = Path(__file__).resolve().parents[2] / "roles/agentlabd/files/postgresql"
+ENCODING = yaml.safe_load((FILES.parents[1] / "vars/main.yml").read_text())["agentlabd__encoding"]
 PASSWORDS = {"agentlab": 'run time\'s "secret"', "agentlab_owner": "owner's $ecret"}
 
 
@@ -33,6 +35,7 @@ def postgres() -> Iterator[PostgresServer]:
     """A server where the two roles log in with a password only, and that writes every statement to its log."""
     require_postgresql()
     running = PostgresServer().create(log_statement="all")
+    assert running.execute("SELECT datcollate FROM pg_database WHERE datname = 'template1'") == [("C.UTF-8",)]
     rules = running.data / "pg_hba.conf"
     rules.write_text(f"host all agentlab,agentlab_owner 127.0.0.1/32 scram-sha-256\n{rules.read_text()}")
     running.stop("fast")
@@ -46,6 +49,7 @@ def prepare(postgres: PostgresServer, **values: Any) -> subprocess.CompletedProc
     wanted = {
         "database": "records",
         "port": postgres.port,
+        "encoding": ENCODING,
         "sql": (FILES / "roles.sql").read_text(),
         "passwords": PASSWORDS,
         "dry_run": False,
@@ -97,6 +101,8 @@ def test_the_script_makes_what_is_missing_once_and_both_roles_work_with_their_pa
     assert postgres.execute("SELECT 1 FROM pg_database WHERE datname = 'records'") == []
     assert changes(postgres) == everything
     assert changes(postgres) == []
+    stored = "SELECT pg_encoding_to_char(encoding), datcollate, datctype FROM pg_database WHERE datname = 'records'"
+    assert postgres.execute(stored) == [("UTF8", "C", "C")], "the server's own locale is another one"
     with pytest.raises(StoreError, match="Run agentlabd --migrate-records"):
         open_as(postgres, "agentlab", PASSWORDS["agentlab"])
     open_as(postgres, "agentlab_owner", PASSWORDS["agentlab_owner"])

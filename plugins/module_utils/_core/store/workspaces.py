@@ -143,12 +143,13 @@ class Workspaces:
         return rows[0] if rows else None
 
     def find_all(self, *, include_deleted: bool = False) -> list[Workspace]:
-        where = "1 = 1 ORDER BY w.name, w.created_at" if include_deleted else f"w.{_LIVE} ORDER BY w.name"
+        where = "1 = 1" if include_deleted else f"w.{_LIVE}"
         workspaces = []
-        for row in self._db.read(f"{_SELECT} WHERE {where}"):
+        for row in self._db.read(f"{_SELECT} WHERE {where} ORDER BY w.created_at"):
             with contextlib.suppress(DamagedRecord):
                 workspaces.append(_read_sound(row))
-        return workspaces
+        # PostgreSQL sorts text by the locale of its database, SQLite by code points.
+        return sorted(workspaces, key=lambda workspace: str(workspace.name))
 
     def list_damage(self) -> list[DamagedRecord]:
         """Return the damage in the records of live workspaces."""

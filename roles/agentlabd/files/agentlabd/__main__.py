@@ -109,8 +109,16 @@ def copy_and_report(source: str, target: str, password: str | None) -> int:
     ``password`` is for the PostgreSQL side; with None libpq looks for it (PGPASSWORD, a passfile).
     """
     from agentlab_core.database_address import parse
+    from agentlab_core.errors import InvalidInput
     from agentlab_core.store.transfer import copy_records
 
+    for side, address in (("FROM", source), ("TO", target)):
+        if parse(address).password is not None:
+            raise InvalidInput(
+                f"--copy-records: {side} has a password, which every user of this host sees in the list of processes; "
+                "nothing was copied. Give it on standard input with --password-stdin, in PGPASSWORD or in a passfile, "
+                "and replace it: it may have been seen"
+            )
     copied = copy_records(source, target, (password, password))
     print(f"copied {parse(source).text} to {parse(target).text}")
     for table, count in copied.counts.items():

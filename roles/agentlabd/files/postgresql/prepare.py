@@ -4,10 +4,10 @@
 
 """Create the database, its two roles and their passwords through psql. Run by tasks/database.yml as the administrator.
 
-Standard input is a JSON object: ``database`` (name), ``port`` (of the local server, or null), ``sql`` (the text of
-roles.sql), ``passwords`` (role name to password; roles without one keep theirs) and ``dry_run``. Standard output is one
-too: ``changed`` and ``changes``, a list of texts. Passwords reach the server as SCRAM verifiers, so neither its log nor
-a list of processes shows one. Only the standard library is needed.
+Standard input is a JSON object: ``database`` (name), ``port`` (of the local server, or null), ``encoding`` (the end of
+CREATE DATABASE), ``sql`` (the text of roles.sql), ``passwords`` (role name to password; roles without one keep theirs)
+and ``dry_run``. Standard output is one too: ``changed`` and ``changes``, a list of texts. Passwords reach the server as
+SCRAM verifiers, so neither its log nor a list of processes shows one. Only the standard library is needed.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def prepare(request: dict[str, Any]) -> list[str]:
     if name not in databases:
         changes.append(f"database {name} is created")
         if not dry_run:
-            server.run(f'CREATE DATABASE "{name}"', "postgres")
+            server.run(f'CREATE DATABASE "{name}" {request["encoding"]}', "postgres")
     if dry_run and name not in databases:
         # The rights in a new database are those of PostgreSQL, which roles.sql narrows.
         changes.append(f"rights in database {name} are set")

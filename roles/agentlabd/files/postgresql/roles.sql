@@ -1,5 +1,5 @@
 -- Roles for the records of agentlab on PostgreSQL. Run it as an administrator in the new database, as often as you like:
---   createdb agentlab && psql -v DATABASE=agentlab -f roles.sql agentlab
+--   createdb --encoding=UTF8 --locale=C --template=template0 agentlab && psql -v DATABASE=agentlab -f roles.sql agentlab
 -- Then give both roles a password (\password agentlab) or a client certificate, and a line in pg_hba.conf:
 --   hostssl agentlab agentlab,agentlab_owner 192.0.2.0/24 scram-sha-256
 -- The role agentlabd does the same: tasks_from: database.

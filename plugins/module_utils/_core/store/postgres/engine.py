@@ -677,7 +677,15 @@ class PostgresDatabase(GroupCommit):
     def set_counters(self, conn: Session, counters: dict[str, int]) -> None:
         for table, number in counters.items():
             query = "SELECT setval(pg_get_serial_sequence(?, 'id'), ?, ? = 1)"
-            conn.execute(query, (table, max(1, number), number > 0))
+            try:
+                conn.execute(query, (table, max(1, number), number > 0))
+            except errors.InsufficientPrivilege as error:
+                raise StoreError(
+                    f"database {self.path}: this role may not set the counter of {table} "
+                    f"({_take_first_line(error)}). Copy as agentlab_owner, the owner of the tables "
+                    "(docs/controllers.md). Nothing was written",
+                    path=self.path,
+                ) from None
 
     # ---- heartbeats ----
 
