@@ -40,6 +40,11 @@ _HEADER = re.compile(rb"agentlab1 ([0-9a-f]{32}) ([ -~]*)\n")
 _FIELD = re.compile(r"([a-z]+)=(\S*)")
 _FOLDER = re.compile(r"/(?:run|var/run|tmp)/agentlab(?:-\d{1,10})?/[0-9a-f]{32}")
 _LONGEST_HEADER = 2000
+# The next step after an answer that the wrapper never sends: a broken program or a person in the guest made it.
+LOOK_AT_GUEST = (
+    "Look at sh and qemu-guest-agent in the guest; if somebody may have changed them, destroy the sandbox and create a "
+    "new one"
+)
 _REFUSALS = {
     "folder": "its folder /run/agentlab cannot be made, or belongs to somebody else; look at /run in the guest",
     "full": "its /run or the target's file system is full; make room in the guest",
@@ -261,13 +266,19 @@ class Guest:
             )
         if header[1].decode() != run_id:
             raise GuestFailed(
-                f"sandbox {self.sandbox.vmid}: the guest answered for another command, so the answer is not believed"
+                f"sandbox {self.sandbox.vmid}: the guest answered for another command, so the answer is not believed. "
+                f"{LOOK_AT_GUEST}",
+                vmid=self.sandbox.vmid,
             )
         self.has_answered = True
         frame = Frame(dict(_FIELD.findall(header[2].decode())), status.out[header.end() :])
         folder = frame.fields.get("dir")
         if folder is not None and (not _FOLDER.fullmatch(folder) or not folder.endswith(run_id)):
-            raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest names a folder that is not the wrapper's")
+            raise GuestFailed(
+                f"sandbox {self.sandbox.vmid}: the guest's answer names a folder that is not the wrapper's, so it is "
+                f"not believed. {LOOK_AT_GUEST}",
+                vmid=self.sandbox.vmid,
+            )
         return frame
 
 

@@ -532,7 +532,11 @@ class _Run:
                 guest_ended=True,
             )
         if frame.state not in ("ended", "running", "acked"):
-            raise GuestFailed(f"sandbox {vmid}: the guest's answer makes no sense, so it is not believed", vmid=vmid)
+            raise GuestFailed(
+                f"sandbox {vmid}: the guest's answer names no state of a command, so it is not believed. "
+                f"{access.LOOK_AT_GUEST}",
+                vmid=vmid,
+            )
         return frame
 
     def _split_output(self, frame: Frame) -> tuple[bytes, bytes]:
@@ -541,10 +545,16 @@ class _Run:
             return b"", b""
         lo, le = frame.read_number("lo"), frame.read_number("le")
         if len(frame.body) != lo + le or lo + le > wrapper.INLINE:
-            raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest's answer is cut off, so it is not believed")
+            raise GuestFailed(
+                f"sandbox {self.sandbox.vmid}: the guest's answer is cut off, so it is not believed. "
+                f"{access.LOOK_AT_GUEST}",
+                vmid=self.sandbox.vmid,
+            )
         if frame.body and access.compute_checksum(frame.body) != frame.fields.get("sum"):
             raise GuestFailed(
-                f"sandbox {self.sandbox.vmid}: the guest's answer fails its checksum, so it is not believed"
+                f"sandbox {self.sandbox.vmid}: the guest's answer fails its checksum, so it is not believed. "
+                f"{access.LOOK_AT_GUEST}",
+                vmid=self.sandbox.vmid,
             )
         return frame.body[:lo], frame.body[lo:]
 
@@ -720,7 +730,7 @@ class _Command(_Run):
         if not self.detached and frame.state != "acked":
             result, out, err = self._follow_run(result, out, err)
         if max(result.stdout_bytes, result.stderr_bytes, len(out), len(err)) > self.spec.max_output + _OVERSHOOT:
-            raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest holds more output than was asked for")
+            raise self._make_excess_error()
         limit = self.spec.max_output
         result.truncated = result.truncated or len(out) > limit or len(err) > limit
         result.stdout, result.stderr = out[:limit], err[:limit]
@@ -764,13 +774,17 @@ class _Command(_Run):
                 break
             new_out, new_err = self._split_output(frame)
             if not was_running and (not shown or not (new_out or new_err)):
-                raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest does not hand out the output that it holds")
+                raise GuestFailed(
+                    f"sandbox {self.sandbox.vmid}: the guest does not send the output that it says it has, so its "
+                    f"answer is not believed. {access.LOOK_AT_GUEST}",
+                    vmid=self.sandbox.vmid,
+                )
             # Without on_output each request reads the output from its beginning.
             out, err = (out + new_out, err + new_err) if shown else (new_out, new_err)
             if self.on_output is not None and (new_out or new_err):
                 self.on_output(new_out, new_err)
             if max(len(out), len(err)) > self.spec.max_output + _OVERSHOOT:
-                raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest hands out more output than was asked for")
+                raise self._make_excess_error()
         return result, out, err
 
     def _end_in_guest(self) -> None:
@@ -939,6 +953,14 @@ class _Command(_Run):
 
         parallel.each(send_piece, numbers, _PARALLEL)
 
+    def _make_excess_error(self) -> GuestFailed:
+        """Return the error for more output than the wrapper can hold by ``max_output``."""
+        return GuestFailed(
+            f"sandbox {self.sandbox.vmid}: the guest has more output than max_output ({self.spec.max_output} bytes) "
+            f"allows, so its answer is not believed. {access.LOOK_AT_GUEST}",
+            vmid=self.sandbox.vmid,
+        )
+
     # ---- large output ----
 
     def _fetch_output(self, frame: Frame, result: CommandResult) -> tuple[bytes, bytes]:
@@ -948,13 +970,17 @@ class _Command(_Run):
         parts = []
         for name, size, gz in (("out", result.stdout_bytes, packed[0]), ("err", result.stderr_bytes, packed[1])):
             if size > self.spec.max_output + _OVERSHOOT:
-                raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest holds more output than was asked for")
+                raise self._make_excess_error()
             if 0 < gz < size * 0.9:
                 parts.append(unpack_gzip(read_held_file(self.guest, self.id, folder, f"{name}.gz", gz), size))
             else:
                 parts.append(read_held_file(self.guest, self.id, folder, name, size))
         if access.compute_checksum(parts[0] + parts[1]) != frame.fields.get("sum"):
-            raise GuestFailed(f"sandbox {self.sandbox.vmid}: the output fails its checksum, so it is not believed")
+            raise GuestFailed(
+                f"sandbox {self.sandbox.vmid}: the output fails its checksum, so it is not believed. "
+                f"{access.LOOK_AT_GUEST}",
+                vmid=self.sandbox.vmid,
+            )
         if self.on_output is not None:
             self.on_output(parts[0], parts[1])
         return parts[0], parts[1]
