@@ -163,3 +163,11 @@ def test_refused_tags_are_told_with_the_command_that_allows_them(
 ) -> None:
     lab.pve.fault("GET", "/cluster/options", "answer", status=200, body=json.dumps({"data": options}), times=9)
     assert examine(lab)["creation"].advice == f"pvesh set /cluster/options {command}, as root on a node"
+
+
+def test_a_storage_with_several_faults_is_told_all_of_them(lab: Lab) -> None:
+    row = {"storage": "local-lvm", "active": 0, "enabled": 1, "content": "iso", "total": 100, "used": 95}
+    lab.pve.fault("GET", "/nodes/pve1/storage", "answer", status=200, body=json.dumps({"data": [row]}), times=9)
+    found = list_bad_findings(lab, "storage")
+    assert [status for status, _meaning in found] == ["problem", "problem", "warning"]
+    assert "not active" in found[0][1] and "no disk images" in found[1][1] and "95 % full" in found[2][1]

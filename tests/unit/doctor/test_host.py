@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor, host
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite import engine
 
 from support.double import TOKEN_SECRET
 from support.examine import examine, list_bad_findings
@@ -137,3 +141,52 @@ def test_a_mode_that_is_too_wide_does_not_hide_a_folder_that_cannot_be_written(l
     found = list_bad_findings(lab, "database")
     assert [status for status, _meaning in found] == ["warning", "problem"]
     assert "0640" in found[0][1] and f"{folder} cannot be written" in found[1][1]
+
+
+def close_to_this_user(monkeypatch: pytest.MonkeyPatch, *paths: str) -> None:
+    """Have these paths count as not writable: root may write everywhere, so the kernel's answer is changed."""
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: real(path, mode) and not (path in paths and mode & os.W_OK))
+
+
+def test_records_that_do_not_exist_and_cannot_be_created_are_a_problem(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close_to_this_user(monkeypatch, str(tmp_path))
+    for database in (tmp_path / "new.db", tmp_path / "no" / "folder" / "new.db"):
+        found = examine(lab, database=str(database))["database"]
+        assert found.status == "problem" and f"{tmp_path} cannot be written" in found.meaning, found
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+def test_a_file_beside_the_records_that_cannot_be_written_is_a_problem(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    lab.create()
+    assert os.path.exists(lab.database + suffix)
+    close_to_this_user(monkeypatch, lab.database + suffix)
+    ((status, meaning),) = list_bad_findings(lab, "database")
+    assert status == "problem" and f"{lab.database}{suffix} cannot be written" in meaning
+
+
+def test_damage_hides_neither_a_wide_mode_nor_a_folder_that_cannot_be_written(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.create()
+    lab.close_contexts()
+    os.chmod(lab.database, 0o644)
+    folder = os.path.dirname(lab.database)
+    close_to_this_user(monkeypatch, folder)
+    monkeypatch.setattr(engine.Database, "check_integrity", lambda _self: "page 3 is odd")
+    found = list_bad_findings(lab, "database")
+    assert [status for status, _meaning in found] == ["problem", "warning", "problem"]
+    assert "page 3 is odd" in found[0][1] and "0644" in found[1][1] and f"{folder} cannot be" in found[2][1]
+
+
+def test_a_certificate_that_is_not_verified_does_not_hide_a_login_with_a_password(lab: Lab) -> None:
+    settings = config.load(lab.options, lab.server.environment(lab.folder))
+    proxmox = replace(settings.proxmox, validate_certs=False, api_token_id=None)
+    examination: Any = SimpleNamespace(config=replace(settings, proxmox=proxmox))
+    found = [each for each in host.check_configuration(examination) if each.check == "configuration"]
+    assert [each.status for each in found] == ["warning", "warning"]
+    assert "is not verified" in found[0].meaning and "logs in with a password" in found[1].meaning

@@ -54,21 +54,24 @@ def check_configuration(exam: Examination) -> Iterable[Finding]:
         None,
         facts,
     )
+    healthy = True
     if proxmox.api_host and not proxmox.validate_certs:
+        healthy = False
         yield Finding(
             "configuration",
             WARNING,
             f"the certificate of {proxmox.where} is not verified: whoever can answer in its place gets the token",
             "set validate_certs: true, and ca_path to a copy of the node's /etc/pve/pve-root-ca.pem",
         )
-    elif proxmox.api_host and not proxmox.token_name:
+    if proxmox.api_host and not proxmox.token_name:
+        healthy = False
         yield Finding(
             "configuration",
             WARNING,
             f"{proxmox.user} logs in with a password, with all rights of that user",
             "create a token with fewer rights: see the pveum commands",
         )
-    else:
+    if healthy:
         yield Finding("configuration", OK, f"Proxmox is reached through {proxmox.where} as {proxmox.login}")
     path = exam.config.config_file
     if path and exam.config.secret_in_file:
@@ -199,6 +202,15 @@ def check_database(exam: Examination) -> Iterable[Finding]:
         if lost:
             yield Finding("database", PROBLEM, *lost, facts)
             return
+        if not os.access(folder, os.W_OK | os.X_OK):
+            yield Finding(
+                "database",
+                PROBLEM,
+                f"{path} does not exist yet, and this user cannot create it: {folder} cannot be written",
+                f"run as the owner of {folder}, or mend its owner and mode (ls -ld {folder})",
+                facts,
+            )
+            return
         yield Finding(
             "database",
             OK,
@@ -211,8 +223,10 @@ def check_database(exam: Examination) -> Iterable[Finding]:
     mode = stat.S_IMODE(status.st_mode)
     allowed = 0o660 if exam.config.database_group_access else 0o600
     facts.update(mode=f"{mode:04o}", bytes=status.st_size)
+    healthy = True
     integrity = exam.context.database.check_integrity()
     if integrity != "ok":
+        healthy = False
         yield Finding(
             "database",
             PROBLEM,
@@ -220,8 +234,6 @@ def check_database(exam: Examination) -> Iterable[Finding]:
             "stop agentlabd, keep a copy of the file and restore a backup; see docs/troubleshooting.md",
             facts,
         )
-        return
-    healthy = True
     if mode & ~allowed:
         healthy = False
         yield Finding(
@@ -231,8 +243,9 @@ def check_database(exam: Examination) -> Iterable[Finding]:
             f"chmod {allowed:04o} {path}",
             facts,
         )
-    # A database in WAL mode needs files beside it, so the folder counts as much as the file.
-    closed = [name for name in (path, os.path.dirname(os.path.abspath(path))) if not os.access(name, os.W_OK)]
+    # A database in WAL mode needs files beside it, so the folder and these files count as much as the file.
+    beside = (f"{path}-wal", f"{path}-shm", os.path.dirname(os.path.abspath(path)))
+    closed = [name for name in (path, *beside) if os.path.exists(name) and not os.access(name, os.W_OK)]
     if closed:
         healthy = False
         yield Finding(
@@ -250,7 +263,8 @@ def check_database(exam: Examination) -> Iterable[Finding]:
             None,
             facts,
         )
-    yield from _check_damage(exam, f"sqlite3 {path}")
+    if integrity == "ok":
+        yield from _check_damage(exam, f"sqlite3 {path}")
 
 
 def _lost_records(exam: Examination, in_use: bool) -> tuple[str, str] | None:

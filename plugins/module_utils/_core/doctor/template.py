@@ -211,6 +211,7 @@ def check_storage(exam: Examination) -> Iterable[Finding]:
         return
     total, used = int(row.get("total") or 0), int(row.get("used") or 0)
     facts = {"storage": storage, "total": total, "used": used, "active": row.get("active")}
+    healthy = True
     if str(row.get("active")) != "1" or str(row.get("enabled", 1)) != "1":
         yield Finding(
             "storage",
@@ -219,7 +220,8 @@ def check_storage(exam: Examination) -> Iterable[Finding]:
             f"pvesm status --storage {storage}",
             facts,
         )
-    elif row.get("content") is not None and "images" not in str(row["content"]).split(","):
+        healthy = False
+    if row.get("content") is not None and "images" not in str(row["content"]).split(","):
         yield Finding(
             "storage",
             PROBLEM,
@@ -227,7 +229,8 @@ def check_storage(exam: Examination) -> Iterable[Finding]:
             f"pvesm set {storage} --content {row['content']},images, or set storage to another one",
             facts,
         )
-    elif total and used / total > _FULL:
+        healthy = False
+    if total and used / total > _FULL:
         yield Finding(
             "storage",
             WARNING,
@@ -235,7 +238,8 @@ def check_storage(exam: Examination) -> Iterable[Finding]:
             "prune sandboxes, or enlarge it",
             facts,
         )
-    else:
+        healthy = False
+    if healthy:
         yield Finding(
             "storage",
             OK,
