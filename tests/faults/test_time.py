@@ -17,6 +17,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import lease
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import holders, overview
 
+from support.engines import require_postgresql, server
 from support.lab import FakeClock, Lab
 
 pytestmark = pytest.mark.faults
@@ -296,3 +297,30 @@ def test_time_zones_change_no_lease(lab: Lab, zone: str, monkeypatch: pytest.Mon
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+@pytest.mark.parametrize("wrong_by", [3600, -3600])
+def test_a_controller_whose_own_clock_is_wrong_ends_no_lease_early_on_postgresql(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong_by: int
+) -> None:
+    """The server's clock counts for every comparison. The controller is told of the difference by status and doctor."""
+    require_postgresql()
+    made = Lab(tmp_path)
+    made.database = server().uri()
+    # The clock of the records, as in a controller.
+    made.clock = None
+    try:
+        kept, ended = made.create("kept", ttl=1800), made.create("ended", ttl=1800)
+        made.force_state(ended.vmid, "RUNNING", lease_expires_at=int(time.time()) - 5)
+        made.close_contexts()
+        real = time.time
+        monkeypatch.setattr(time, "time", lambda: real() + wrong_by)
+        found = made.expire()
+        assert found.suspended is None and [sandbox.vmid for sandbox in found.expired] == [ended.vmid]
+        assert made.record(kept).state == "RUNNING" and running(made, kept.vmid)
+        assert [(row.vmid, row.reason) for row in made.prune(older_than=1800).kept] == [(ended.vmid, "too_young")]
+        assert abs(made.context().database.read_clock_difference() - wrong_by) < 60
+        made.check_promises()
+    finally:
+        monkeypatch.undo()
+        made.stop()

@@ -195,3 +195,46 @@ def test_workspaces_are_listed_in_one_order_whatever_the_locale_of_the_database(
         orders.append([workspace.name for workspace in workspaces.Workspaces(records).find_all()])
         database.close()
     assert orders == [sorted(names)] * 2
+
+
+@pytest.mark.parametrize("source", ["option", "URI", "PGPASSWORD", "passfile", "PGPASSFILE", "service"])
+def test_the_password_comes_from_where_libpq_takes_it(
+    postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    postgres.execute("GRANT CREATE ON SCHEMA public TO guarded", "utf8")
+    place = f"127.0.0.1:{postgres.port}/utf8"
+    uri, password = f"postgresql://guarded@{place}", None
+    if source == "option":
+        password = "right-7y"
+    elif source == "URI":
+        uri = f"postgresql://guarded:right-7y@{place}"
+    elif source == "PGPASSWORD":
+        monkeypatch.setenv("PGPASSWORD", "right-7y")
+    elif source in ("passfile", "PGPASSFILE"):
+        file = tmp_path / "pgpass"
+        file.write_text("*:*:*:guarded:right-7y\n")
+        file.chmod(0o600)
+        if source == "passfile":
+            uri += f"?passfile={file}"
+        else:
+            monkeypatch.setenv("PGPASSFILE", str(file))
+    else:
+        file = tmp_path / "services"
+        file.write_text("[lab]\nuser=guarded\npassword=right-7y\n")
+        monkeypatch.setenv("PGSERVICEFILE", str(file))
+        uri = f"postgresql://{place}?service=lab"
+    address = database_address.parse(uri)
+    database = open_database(address.text, password=password or address.password)
+    assert database.read("SELECT current_user")[0][0] == "guarded" and "right-7y" not in database.path
+    database.close()
+
+
+@pytest.mark.parametrize(
+    "form", ["postgresql://tester@{folder}:{port}/utf8", "postgresql:///utf8?host={path}&port={port}&user=tester"]
+)
+def test_records_are_opened_through_the_socket_of_a_server_on_this_host(postgres: PostgresServer, form: str) -> None:
+    path = str(postgres.folder)
+    uri = form.format(folder=path.replace("/", "%2F"), path=path, port=postgres.port)
+    database = open_database(database_address.parse(uri).text)
+    assert database.read("SELECT inet_client_addr() IS NULL")[0][0] is True
+    database.close()
