@@ -194,7 +194,15 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
     def parse(self, inventory: Any, loader: Any, path: str, cache: bool = True) -> None:
         """Add a host for each sandbox of the chosen states. Raises AnsibleParserError, which says what to change."""
         super().parse(inventory, loader, path, cache)
-        self._read_config_data(path)
+        unknown = sorted(set(map(str, self._read_config_data(path))) - set(self.get_options()) - {"plugin"})
+        if unknown:
+            raise AnsibleParserError(
+                f"{unknown[0]}: is no option of this plugin. Valid: {', '.join(sorted(self.get_options()))}"
+            )
+        if self.get_option("timeout") < 1:
+            raise AnsibleParserError(
+                f"timeout: {self.get_option('timeout')} is no time to wait. Valid: a number of seconds from 1 on"
+            )
         read, source = self._choose_source(os.path.dirname(os.path.abspath(path)))
         chosen_states = self.get_option("states")
         for sandbox in self._load_sandboxes(path, source, read, cache):

@@ -8,16 +8,19 @@ sandboxes that end in the middle of a play.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from support.double import Server
-from support.play import Run
+from support.play import Run, play
 
 Inside = Callable[..., Run]
 
@@ -149,3 +152,94 @@ def test_a_guest_that_goes_down_is_unreachable_and_the_message_says_what_is_unkn
     assert run.entry("run")["status"] == "unreachable"
     said = "Whether the command ran is not known" if how == "rebooted" else "The command may have begun"
     assert said in run.entry("run")["result"]["msg"]
+
+
+# ---- several sandboxes, and sandboxes that end in the middle ----
+
+
+@pytest.fixture
+def play_on_all(env: dict[str, str], tmp_path: Path, server: Server) -> Callable[..., Run]:
+    """play_on_all(tasks, vmids): run the tasks in the hosts of the inventory plugin; each has a guest of its own."""
+
+    def run(tasks: list[dict[str, Any]], vmids: list[int]) -> Run:
+        folders = {str(vmid): str(server.pve.machine(vmid).folder) for vmid in vmids}
+        source = {
+            "plugin": "agentlab.proxmox.sandboxes",
+            "connection": "sandbox",
+            "groups": {"boxes": True},
+            "compose": {
+                "guest": f"{folders!r}[agentlab_vmid | string]",
+                "ansible_remote_tmp": f"{folders!r}[agentlab_vmid | string] ~ '/ansible'",
+                "ansible_python_interpreter": "'/usr/bin/python3'",
+            },
+        }
+        inventory = tmp_path / "boxes.agentlab.yml"
+        inventory.write_text(yaml.safe_dump(source), encoding="utf-8")
+        whole = [{"name": "all", "hosts": "boxes", "gather_facts": False, "tasks": tasks}]
+        return play(whole, env, tmp_path, pve=server.pve, args=("-i", str(inventory)))
+
+    return run
+
+
+def test_tasks_run_in_several_sandboxes_at_once(play_on_all: Callable[..., Run], server: Server, given: Any) -> None:
+    server.pve.agent_default = True
+    sandboxes = given(3)
+    vmids = [sandbox.vmid for sandbox in sandboxes]
+    run = play_on_all(
+        [
+            {"name": "write", "ansible.builtin.copy": {"content": "{{ agentlab_vmid }}", "dest": "{{ guest }}/own"}},
+            {"name": "loop", "ansible.builtin.command": "cat {{ guest }}/own {{ item }}", "loop": ["/dev/null"] * 2},
+            {
+                "name": "first",
+                "ansible.builtin.command": "cat {{ guest }}/own",
+                "run_once": True,
+                "delegate_to": sandboxes[2].name,
+            },
+        ],
+        vmids,
+    ).ok()
+    for vmid in vmids:
+        assert (server.pve.machine(vmid).folder / "own").read_text() == str(vmid)
+    items = {entry["host"]: entry["result"]["stdout"] for entry in run.all("loop") if entry.get("item")}
+    assert items == {sandbox.name: str(sandbox.vmid) for sandbox in sandboxes}
+    assert len([entry for entry in run.all("loop") if entry.get("item")]) == 6
+
+
+@pytest.mark.parametrize("how", ["destroyed", "the VM is a stranger's", "lease over"])
+def test_a_sandbox_that_ends_in_the_middle_gets_no_further_task(
+    play_on_all: Callable[..., Run], server: Server, given: Any, context: Any, how: str
+) -> None:
+    """The inventory was read before, so its host still names the sandbox."""
+    server.pve.agent_default = True
+    (sandbox,) = given(name="box")
+    folder = server.pve.machine(sandbox.vmid).folder
+    local = {"delegate_to": "localhost", "vars": {"ansible_connection": "local"}}
+    between: list[dict[str, Any]] = []
+    if how == "destroyed":
+        between.append({"agentlab.proxmox.agentlab_sandbox": {"vmid": sandbox.vmid, "state": "absent", "force": True}})
+    if not between:
+
+        def end(_method: str, path: str) -> None:
+            if (folder / "now").exists() and path.endswith(f"/{sandbox.vmid}/config"):
+                (folder / "now").unlink()
+                if how == "lease over":
+                    with contextlib.closing(sqlite3.connect(database)) as conn, conn:
+                        conn.execute("UPDATE sandboxes SET lease_expires_at = 1")
+                else:
+                    server.pve.vm(sandbox.vmid).config["smbios1"] = "uuid=" + "1" * 8
+
+        ctx = context()
+        database = ctx.config.database
+        ctx.close()
+        server.pve.before = end
+        between.append({"ansible.builtin.raw": f"touch {folder}/now", "ignore_errors": True, "own": True})
+    tasks = [{"name": "before", "ansible.builtin.raw": f"touch {folder}/before"}]
+    for number, task in enumerate(between):
+        tasks.append({"name": f"between {number}", **({} if task.pop("own", False) else local), **task})
+    tasks.append({"name": "after", "ansible.builtin.raw": f"touch {folder}/after"})
+    run = play_on_all(tasks, [sandbox.vmid])
+    assert (folder / "before").exists() and not (folder / "after").exists(), run.output
+    after = run.entry("after")
+    assert run.rc != 0 and "Traceback" not in run.output
+    # A VM that is not ours is no matter of reaching it.
+    assert after["status"] == ("failed" if "stranger" in how else "unreachable"), after

@@ -220,6 +220,9 @@ def test_the_daemon_answers_in_place_of_the_database(
         ({"database": "missing.db"}, ("database: there is no file", "missing.db", "AGENTLAB_DATABASE")),
         ({"config_file": "missing.yaml"}, ("missing.yaml",)),
         ({"connection": "ssh"}, ("connection", "auto", "address", "sandbox")),
+        ({"state": ["RUNNING"]}, ("state: is no option of this plugin", "states")),
+        ({"states": ["running"]}, ("states", "Valid values are: REQUESTED")),
+        ({"timeout": -1, "socket": "/x"}, ("timeout: -1 is no time to wait", "from 1 on")),
     ],
 )
 def test_errors_say_what_to_do(ask: Ask, given: Any, options: dict[str, Any], words: tuple[str, ...]) -> None:
