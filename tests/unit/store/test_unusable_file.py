@@ -193,3 +193,31 @@ def test_full_disk_is_explained_and_nothing_is_written(path: Path) -> None:
     assert store.read_meta("big") is None
     store.release(claim)
     assert store.get(sandbox.uuid).state == "REQUESTED"
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_what_stands_in_the_place_of_a_file_beside_the_records_is_named(path: Path, suffix: str, kind: str) -> None:
+    Database(str(path)).close()
+    beside = Path(f"{path}{suffix}")
+    if kind == "folder":
+        beside.mkdir()
+    else:
+        beside.symlink_to(path.parent / "nowhere" / "file")
+    told = str(explain(str(path), sqlite3.OperationalError("unable to open database file")))
+    assert f"{beside} is a " in told and "Move it away, then run again" in told, told
+    if kind == "folder":
+        with pytest.raises(StoreError, match="SQLite needs a file of that name"):
+            reserve(Records(Database(str(path)), SystemClock(), "x"), 1)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+def test_the_file_that_may_not_be_written_is_named(path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    store = Records(Database(str(path)), SystemClock(), "x")
+    reserve(store, 1)
+    real = os.access
+    monkeypatch.setattr(
+        os, "access", lambda name, mode: real(name, mode) and (name, mode) != (f"{path}{suffix}", os.W_OK)
+    )
+    told = str(explain(str(path), sqlite3.OperationalError("attempt to write a readonly database")))
+    assert told.endswith(f"mend the permissions ({path}{suffix})"), told

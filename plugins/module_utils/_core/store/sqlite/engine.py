@@ -37,7 +37,7 @@ def explain(path: str, error: Exception) -> StoreError:
     """Return SQLite's error as a StoreError that names the file and says what to do."""
     text = str(error)
     low = text.lower()
-    unreadable = _why_unreadable(path) or _why_no_file(path)
+    unreadable = _why_unreadable(path) or _why_no_file(path) or _why_no_file_beside(path)
     if unreadable:
         return StoreError(f"database {path}: {text}: {unreadable}", path=path)
     if ("unable to open" in low or "disk i/o" in low) and out_of_descriptors():
@@ -46,7 +46,10 @@ def explain(path: str, error: Exception) -> StoreError:
             "of the unit), then run again"
         )
     elif "readonly" in low or "read-only" in low:
-        advice = "the file or its folder is read-only for this user; run as the owner or mend the permissions"
+        closed = _name_unwritable(path)
+        advice = "the file or its folder is read-only for this user; run as the owner or mend the permissions" + (
+            f" ({closed})" if closed else ""
+        )
     elif "full" in low:
         advice = "the disk is full; free some space and run again (nothing was written)"
     elif "not a database" in low or "malformed" in low or "corrupt" in low:
@@ -54,7 +57,7 @@ def explain(path: str, error: Exception) -> StoreError:
             "the file is damaged or not an agentlab database; restore a backup, or move it away to begin with an "
             "empty one"
         )
-    elif "unable to open" in low:
+    elif "unable to open" in low or isinstance(error, PermissionError):
         advice = "the folder is missing or not accessible for this user; create it or set another database"
     elif "disk i/o" in low or getattr(error, "errno", None) == errno.EIO:
         advice = (
@@ -112,6 +115,24 @@ def _why_no_file(path: str) -> str | None:
     if os.path.isfile(folder):
         return f"{folder} is a file and not a folder; set database to a path in a folder"
     return None
+
+
+def _why_no_file_beside(path: str) -> str | None:
+    """Return the message for something beside the file that is no file but has a name that SQLite needs, else None."""
+    for name in (f"{path}-wal", f"{path}-shm", f"{path}-journal"):
+        if os.path.lexists(name) and not os.path.isfile(name):
+            what = "a link that leads nowhere" if os.path.islink(name) else "a folder or a device"
+            return (
+                f"{name} is {what}, and SQLite needs a file of that name; nothing was written. Move it away, then run "
+                "again"
+            )
+    return None
+
+
+def _name_unwritable(path: str) -> str:
+    """Return the names of the file, of those beside it and of their folder that this user may not write."""
+    names = (path, f"{path}-wal", f"{path}-shm", os.path.dirname(os.path.abspath(path)))
+    return ", ".join(name for name in names if os.path.exists(name) and not os.access(name, os.W_OK))
 
 
 def _why_unreadable(path: str) -> str | None:
