@@ -34,22 +34,22 @@ def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
             raise InvalidInput(
                 f"{option}: only with state={' or '.join(states)}, not with state={state}", option=option
             )
-    previous = workspace.records(context).find(params["name"])
+    previous = workspace.open_records(context).find(params["name"])
     if state == "present":
-        result = workspace.present(
+        result = workspace.ensure_present(
             context, params["name"], size=params["size"], storage=params["storage"], node=params["node"]
         )
     elif state == "attached":
         if params["vmid"] is None and params["sandbox"] is None:
             raise InvalidInput("vmid: state=attached needs vmid or sandbox", option="vmid")
         ttl = None if params["ttl"] is None else context.config.parse_ttl(params["ttl"])
-        result = workspace.attached(
+        result = workspace.ensure_attached(
             context, params["name"], context.select(vmid=params["vmid"], name=params["sandbox"]), ttl
         )
     elif state == "detached":
-        result = workspace.detached(context, params["name"])
+        result = workspace.ensure_detached(context, params["name"])
     else:
-        result = workspace.absent(context, params["name"], force=params["force"])
+        result = workspace.ensure_absent(context, params["name"], force=params["force"])
     disk = result.workspace
     answer: dict[str, Any] = {
         "changed": result.changed,

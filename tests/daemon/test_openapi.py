@@ -65,7 +65,7 @@ RUNS = {
 def test_the_document_is_true(daemon: Callable[..., Daemon], lab: Lab, tmp_path: Path, run: str) -> None:
     for name in ("a1", "a2"):
         lab.create(name)
-    workspace.present(lab.context(), "w1", size="1G", storage="local-lvm")
+    workspace.ensure_present(lab.context(), "w1", size="1G", storage="local-lvm")
     token = tmp_path / "token"
     token.write_text(TOKEN)
     token.chmod(0o600)

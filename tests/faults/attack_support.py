@@ -53,4 +53,4 @@ def try_all(lab: Lab, *vmids: int) -> None:
 
 def marked(lab: Lab, sandbox: model.Sandbox) -> list[int]:
     """VMIDs of the VMs that carry this sandbox's marker."""
-    return [vm.vmid for vm in lab.pve.vms if sandbox.uuid in identity.markers(vm.config)]
+    return [vm.vmid for vm in lab.pve.vms if sandbox.uuid in identity.read_markers(vm.config)]

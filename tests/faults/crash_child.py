@@ -214,11 +214,13 @@ def do_workspace(ctx: Any, word: str, name: str, vmid: int | None = None, **valu
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 
     if word == "attached":
-        done = workspace.attached(ctx, name, ctx.select(vmid))
+        done = workspace.ensure_attached(ctx, name, ctx.select(vmid))
     else:
-        done = {"present": workspace.present, "detached": workspace.detached, "absent": workspace.absent}[word](
-            ctx, name, **values
-        )
+        done = {
+            "present": workspace.ensure_present,
+            "detached": workspace.ensure_detached,
+            "absent": workspace.ensure_absent,
+        }[word](ctx, name, **values)
     return {"ok": True, "outcome": done.outcome}
 
 

@@ -365,13 +365,13 @@ class Rig:
         for vm in list(self.pve.vms):
             if vm.vmid in self.bystanders:
                 continue
-            for uuid in identity.markers(vm.config):
+            for uuid in identity.read_markers(vm.config):
                 if uuid not in rows or rows[uuid]["state"] == states.DESTROYED:
                     wrong.append(
                         f"VM {vm.vmid} is ours but has no live record ({rows.get(uuid, {}).get('state')}, "
                         f"{rows.get(uuid, {}).get('reason')})"
                     )
-            smbios = identity.smbios_uuid(vm.config)
+            smbios = identity.read_smbios_uuid(vm.config)
             wrong += [
                 f"the record of {row['vmid']} is DESTROYED ({row['reason']}), and its VM is there"
                 for row in rows.values()

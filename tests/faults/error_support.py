@@ -100,7 +100,7 @@ CLEANUP = rules.Policy(enabled=True, rules=(rules.CleanupRule("over", rules.DEST
 
 def disk(lab: Lab) -> Workspace | None:
     """Return the record of the workspace w1, or None."""
-    return workspace.records(lab.context()).find("w1")
+    return workspace.open_records(lab.context()).find("w1")
 
 
 def disk_is(*wanted: str) -> Callable[[Lab], bool]:
@@ -115,13 +115,13 @@ def disk_is(*wanted: str) -> Callable[[Lab], bool]:
 
 def make_disk(lab: Lab) -> Any:
     """Create the workspace w1."""
-    return workspace.present(lab.context(), "w1", size="1G", storage="local-lvm")
+    return workspace.ensure_present(lab.context(), "w1", size="1G", storage="local-lvm")
 
 
 def attach(lab: Lab) -> Any:
     """Attach the workspace w1 to the sandbox."""
     ctx = lab.context()
-    return workspace.attached(ctx, "w1", ctx.select(name="a1"))
+    return workspace.ensure_attached(ctx, "w1", ctx.select(name="a1"))
 
 
 def grown(lab: Lab) -> bool:
@@ -185,16 +185,16 @@ OPERATIONS = {
     "workspace attached": Operation(lambda lab: (make_disk(lab), lab.create()), attach, disk_is("ATTACHED")),
     "workspace grown": Operation(
         lambda lab: (make_disk(lab), lab.create(workspace="w1")),
-        lambda lab: workspace.present(lab.context(), "w1", size="2G"),
+        lambda lab: workspace.ensure_present(lab.context(), "w1", size="2G"),
         grown,
     ),
     "workspace detached": Operation(
         lambda lab: (make_disk(lab), lab.create(workspace="w1")),
-        lambda lab: workspace.detached(lab.context(), "w1"),
+        lambda lab: workspace.ensure_detached(lab.context(), "w1"),
         disk_is("DETACHED"),
     ),
     "workspace absent": Operation(
-        make_disk, lambda lab: workspace.absent(lab.context(), "w1", force=True), disk_is(None)
+        make_disk, lambda lab: workspace.ensure_absent(lab.context(), "w1", force=True), disk_is(None)
     ),
 }
 
@@ -356,7 +356,7 @@ class Injector:
 def settled(lab: Lab) -> bool:
     """Return whether nothing is unfinished: no claim, no journal entry, no unfinished workspace, no stray snippet."""
     ctx = lab.context()
-    if any(row.state in UNFINISHED for row in workspace.records(ctx).find_all()):
+    if any(row.state in UNFINISHED for row in workspace.open_records(ctx).find_all()):
         return False
     wanted = {os.path.basename(row.snippet) for row in lab.records() if row.live and row.snippet}
     return (

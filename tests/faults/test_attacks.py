@@ -139,7 +139,9 @@ def test_our_vm_is_known_however_it_is_written(lab: Lab, change: str) -> None:
 def test_a_description_with_the_markers_of_two_records_is_nobodys(lab: Lab) -> None:
     first, second = lab.timed_out("a1"), lab.timed_out("a2")
     for one in (first, second):
-        lab.pve.vm(one.vmid).config["description"] = identity.marker(first.uuid) + "\n" + identity.marker(second.uuid)
+        lab.pve.vm(one.vmid).config["description"] = (
+            identity.make_marker(first.uuid) + "\n" + identity.make_marker(second.uuid)
+        )
     lab.pve.requests.clear()
     try_all(lab, first.vmid, second.vmid)
     assert [one.reason for one in lab.prune().kept] == ["ambiguous"] * 2
@@ -163,7 +165,7 @@ def test_two_records_whose_vms_changed_places_are_both_left_alone(lab: Lab) -> N
 def test_a_description_over_the_limit_keeps_its_marker(lab: Lab) -> None:
     """An administrator wrote more into the configuration file than the API takes, and our line stands at its end."""
     ours = lab.timed_out()
-    lab.pve.vm(ours.vmid).config["description"] = "x" * 9000 + "\n" + identity.marker(ours.uuid)
+    lab.pve.vm(ours.vmid).config["description"] = "x" * 9000 + "\n" + identity.make_marker(ours.uuid)
     lab.pve.fail("DELETE", f"/qemu/{ours.vmid}", 500, "storage is on fire", times=9)
     lab.prune()
     assert marked(lab, ours) == [ours.vmid], "the mark before the delete cost the VM its marker"
@@ -231,7 +233,7 @@ def test_a_clone_that_came_late_is_not_left_behind_for_another_vmid(lab: Lab) ->
 
     def come(method: str, path: str) -> None:
         if method == "POST" and path.endswith("/clone") and not late:
-            late.append(lab.pve.add_guest(ours.vmid, "a1", config={"description": identity.marker(ours.uuid)}))
+            late.append(lab.pve.add_guest(ours.vmid, "a1", config={"description": identity.make_marker(ours.uuid)}))
 
     time.sleep(1.1)
     lab.pve.before = come
@@ -364,7 +366,7 @@ def test_the_look_before_a_record_is_closed_as_never_created(lab: Lab, locked: b
             vm = lab.pve.add_guest(
                 ours[0].vmid,
                 "a1",
-                config={"description": identity.marker(ours[0].uuid)},
+                config={"description": identity.make_marker(ours[0].uuid)},
                 lock="clone" if locked else None,
             )
             if locked:

@@ -125,7 +125,7 @@ def edit(lab: Lab, vmid: int) -> None:
 
 
 def disk_by_hand(lab: Lab, vmid: int) -> None:
-    found = workspace.present(lab.context(), "w1", size="1G", storage="local-lvm").workspace
+    found = workspace.ensure_present(lab.context(), "w1", size="1G", storage="local-lvm").workspace
     lab.pve.vm(vmid).config["scsi7"] = f"{found.volume if found else ''},size=1G"
 
 
@@ -137,9 +137,9 @@ def disk_in_snapshot(lab: Lab, vmid: int) -> None:
 
 
 def own_disk_in_snapshot(lab: Lab, vmid: int) -> None:
-    workspace.present(lab.context(), "w1", size="1G", storage="local-lvm")
+    workspace.ensure_present(lab.context(), "w1", size="1G", storage="local-lvm")
     ctx = lab.context()
-    workspace.attached(ctx, "w1", ctx.select(vmid))
+    workspace.ensure_attached(ctx, "w1", ctx.select(vmid))
     vm = lab.pve.vm(vmid)
     vm.snapshots["before"] = {**vm.config, "snaptime": 1}
 
@@ -361,7 +361,7 @@ def test_a_volume_that_somebody_attached_is_freed_as_told(lab: Lab, operator: Op
 
     def attach() -> Any:
         ctx = lab.context()
-        return workspace.attached(ctx, "w1", ctx.select(made.vmid))
+        return workspace.ensure_attached(ctx, "w1", ctx.select(made.vmid))
 
     operator.follow(refused(attach))
     assert attach().outcome == "attached"
@@ -369,13 +369,15 @@ def test_a_volume_that_somebody_attached_is_freed_as_told(lab: Lab, operator: Op
 
 @pytest.mark.parametrize("what", ["attach", "detach"])
 def test_a_guest_without_hotplug_is_stopped_first_as_told(lab: Lab, what: str) -> None:
-    workspace.present(lab.context(), "w1", size="1G", storage="local-lvm")
+    workspace.ensure_present(lab.context(), "w1", size="1G", storage="local-lvm")
     made = lab.create(workspace="w1" if what == "detach" else None)
 
     def work() -> Any:
         ctx = lab.context(wait_timeout="1s")
         return (
-            workspace.detached(ctx, "w1") if what == "detach" else workspace.attached(ctx, "w1", ctx.select(made.vmid))
+            workspace.ensure_detached(ctx, "w1")
+            if what == "detach"
+            else workspace.ensure_attached(ctx, "w1", ctx.select(made.vmid))
         )
 
     lab.pve.hotplug = False

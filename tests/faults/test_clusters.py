@@ -71,7 +71,7 @@ def test_a_ticket_that_ended_is_renewed_without_a_word(lab: Lab) -> None:
     lab.pve.users["ops@pve"] = "another-long-made-up-password"
     ctx.refresh()
     with pytest.raises(AgentlabError, match="refuses the login of 'ops@pve'"):
-        ctx.cluster.vms()
+        ctx.cluster.list_vms()
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
@@ -145,7 +145,7 @@ def test_a_list_from_before_a_wait_says_nothing_of_a_sandbox_made_meanwhile(lab:
     planned = [ctx.select(one.vmid) for one in gone]
     last = lab.pve.vm(gone[2].vmid)
     lab.pve.vms.remove(last)
-    ctx.cluster.vms()
+    ctx.cluster.list_vms()
     lab.pve.vms.append(last)
     for one in gone[:2]:
         lab.pve.remove_vm(one.vmid)

@@ -246,9 +246,9 @@ def test_a_creation_that_changed_its_vmid_twice_speaks_of_the_last(lab: Lab) -> 
 
     lab.pve.before = full
     ctx = lab.context()
-    real = ctx.cluster.vms
+    real = ctx.cluster.list_vms
     # The list shows neither: as for a token without VM.Audit on them.
-    ctx.cluster.vms = lambda *, fresh=False: {
+    ctx.cluster.list_vms = lambda *, fresh=False: {
         vmid: row for vmid, row in real(fresh=fresh).items() if vmid not in (1000, 1001)
     }  # type: ignore[method-assign]
     with pytest.raises(CreationFailed, match="sandbox 1002 could not be created") as failed:

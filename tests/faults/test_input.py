@@ -204,9 +204,9 @@ def test_any_name_and_tags_on_the_cluster_are_only_data(lab: Lab, name: str, tag
 @LOOSE
 @given(description=ANY, uuid=st.uuids(version=4), operation=st.sampled_from(["destroy", "prune"]))
 def test_the_note_before_a_delete_never_loses_the_marker(description: str, uuid: Any, operation: str) -> None:
-    config_ = {"description": identity.marker(str(uuid)) + "\n" + description}
-    note = identity.deletion_note(config_, operation, "2026-01-01T00:00:00Z")
-    assert str(uuid) in identity.markers({"description": note}) and len(note) <= 8192
+    config_ = {"description": identity.make_marker(str(uuid)) + "\n" + description}
+    note = identity.add_deletion_note(config_, operation, "2026-01-01T00:00:00Z")
+    assert str(uuid) in identity.read_markers({"description": note}) and len(note) <= 8192
 
 
 # ---- selecting ----
@@ -323,10 +323,15 @@ def test_no_value_becomes_an_option_of_pvesh(pvesh: Path, value: str) -> None:
     else:
         name = value
     argv = argv_of(
-        pvesh, "post", "nodes/pve1/qemu/9000/clone", newid=1000, name=name, description=identity.marker("u") + value
+        pvesh,
+        "post",
+        "nodes/pve1/qemu/9000/clone",
+        newid=1000,
+        name=name,
+        description=identity.make_marker("u") + value,
     )
     assert argv[:2] == ["create", "/nodes/pve1/qemu/9000/clone"]
-    assert argv[argv.index("--description") + 1] == identity.marker("u") + value
+    assert argv[argv.index("--description") + 1] == identity.make_marker("u") + value
     assert argv[argv.index("--name") + 1] == name
     options = [one for position, one in enumerate(argv[2:]) if position % 2 == 0]
     assert set(options) <= {"--newid", "--name", "--description", "--output-format"}, argv

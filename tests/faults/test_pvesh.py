@@ -119,7 +119,7 @@ def test_how_often_pvesh_is_started(lab: Lab, monkeypatch: pytest.MonkeyPatch) -
     counts = {}
     # As on a node, where a file names the authority of its cluster: nothing is asked to recognise the cluster.
     monkeypatch.setattr(client_module, "_NODE_AUTHORITY", lab.server.cafile)
-    lab.pve.ca_fingerprint = lab.context().client.trusted_authority()
+    lab.pve.ca_fingerprint = lab.context().client.read_trusted_authority()
     lab.create("first")
     calls(lab)
     # cores are compared with what the list of all resources has told already.
@@ -325,19 +325,19 @@ def test_pvesh_inherits_neither_umask_nor_environment_of_the_service(
 
 def test_a_workspace_and_a_security_group_through_pvesh(lab: Lab) -> None:
     lab.pve.firewall_config("cluster").setdefault("groups", {}).setdefault("agents", {"comment": "", "rules": []})
-    found = workspace.present(lab.context(), "w1", size="2G", storage="local-lvm").workspace
+    found = workspace.ensure_present(lab.context(), "w1", size="2G", storage="local-lvm").workspace
     assert found is not None
     made = lab.create(workspace="w1", firewall_group="agents")
     rules = lab.pve.firewall_config("vm", "pve1", made.vmid)
     assert [rule["action"] for rule in rules["rules"]] == ["agents"] and rules["options"]["enable"] == 1
-    assert workspace.present(lab.context(), "w1", size="3G").outcome == "grown"
-    assert workspace.detached(lab.context(), "w1").changed
+    assert workspace.ensure_present(lab.context(), "w1", size="3G").outcome == "grown"
+    assert workspace.ensure_detached(lab.context(), "w1").changed
     ctx = lab.context()
-    assert workspace.attached(ctx, "w1", ctx.select(made.vmid)).outcome == "attached"
+    assert workspace.ensure_attached(ctx, "w1", ctx.select(made.vmid)).outcome == "attached"
     assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
     assert lab.pve.volumes_of(found.owner_vmid) == [found.volume]
     assert (
-        workspace.absent(lab.context(), "w1", force=True).outcome == "deleted"
+        workspace.ensure_absent(lab.context(), "w1", force=True).outcome == "deleted"
         and lab.pve.volumes_of(found.owner_vmid) == []
     )
 
@@ -386,7 +386,7 @@ def test_an_ssh_that_ends_says_nothing_of_the_request(
     refused.
     """
     ctx = lab.context()
-    ctx.cluster.vms()
+    ctx.cluster.list_vms()
     (tmp_path / "bin" / "pvesh").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 255\n")
     with pytest.raises(kind):
         ctx.client.post("nodes/pve2/qemu/9000/clone", newid=1000)

@@ -143,7 +143,7 @@ def test_a_vm_swapped_while_its_power_state_is_looked_at_is_left_alone(lab: Lab,
         lab.power("stop", ours.vmid)
     ctx = lab.context()
     # The list lags.
-    ctx.cluster.vms()[ours.vmid]["status"] = "stopped"
+    ctx.cluster.list_vms()[ours.vmid]["status"] = "stopped"
     swapped = swap_when(lab, ours.vmid, lambda _method, path: path.endswith("/status/current"), running=runs)
     with pytest.raises(Kept, match="now belongs to another VM"):
         power.run(ctx, ctx.select(ours.vmid), operation)

@@ -113,7 +113,7 @@ def test_a_template_that_cannot_be_read_is_not_called_none(lab: Lab) -> None:
 def test_a_stale_list_that_calls_a_vm_a_template_is_not_believed(lab: Lab) -> None:
     ctx = lab.context()
     lab.pve.vm(9000).config.pop("template")
-    ctx.cluster.vms()[9000]["template"] = 1
+    ctx.cluster.list_vms()[9000]["template"] = 1
     with pytest.raises(InvalidInput, match="VM 9000 is not a template"):
         create.run(ctx, wanted.make_spec(ctx, {"name": "a1", "template": "9000"}))
 

@@ -138,7 +138,7 @@ def test_nothing_secret_is_kept(lab: Lab) -> None:
 def test_tags_and_description_of_a_sandbox_that_runs(lab: Lab) -> None:
     lab.present(tags=["ci"], description="first\n\nwith a paragraph")
     vm = lab.pve.vm(1000)
-    assert identity.own_text(vm.config) == "first\n\nwith a paragraph" and identity.markers(vm.config) == {
+    assert identity.read_own_text(vm.config) == "first\n\nwith a paragraph" and identity.read_markers(vm.config) == {
         lab.records()[0].uuid
     }
     vm.config["tags"] += ";by-hand"
@@ -154,10 +154,10 @@ def test_tags_and_description_of_a_sandbox_that_runs(lab: Lab) -> None:
     }
     assert (
         vm.config["tags"] == "agentlab;by-hand;night"
-        and identity.own_text(vm.config) == "second"
+        and identity.read_own_text(vm.config) == "second"
         and vm.status == "running"
     )
-    assert identity.markers(vm.config) == {lab.records()[0].uuid} and lab.record(1000).tags == ["night"]
+    assert identity.read_markers(vm.config) == {lab.records()[0].uuid} and lab.record(1000).tags == ["night"]
     puts = [one["params"] for one in lab.pve.history if one["method"] == "PUT" and one["path"].endswith("/1000/config")]
     assert puts[-1].get("digest"), "guarded by the digest"
     assert [(one["operation"], one["reason"]) for one in lab.events(lab.records()[0])][-1] == ("update", "options")
@@ -238,7 +238,7 @@ def test_a_change_by_somebody_else_meanwhile_stays(lab: Lab) -> None:
     edited = lab.edited_before("/config")
     lab.present(description="mine", update=True)
     assert edited == [1000] and "edited 1" in lab.pve.vm(1000).config["description"]
-    assert identity.markers(lab.pve.vm(1000).config) == {lab.records()[0].uuid}
+    assert identity.read_markers(lab.pve.vm(1000).config) == {lab.records()[0].uuid}
 
 
 def test_an_update_is_refused_in_a_state_that_does_not_allow_it(lab: Lab) -> None:
@@ -263,7 +263,7 @@ def test_a_forbidden_tag_is_a_warning_here_too(lab: Lab) -> None:
     done = lab.present(tags=["good", "bad"], description="d", update=True)
     assert done.outcome == "updated" and "does not allow the tag bad" in done.warnings[0]
     assert lab.pve.vm(1000).config["tags"] == "agentlab;good" and lab.record(1000).tags == ["bad", "good"]
-    assert identity.own_text(lab.pve.vm(1000).config) == "d"
+    assert identity.read_own_text(lab.pve.vm(1000).config) == "d"
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_a_burst_of_several_controllers_spreads_over_the_nodes(context: Callable
 
     def controller(number: int) -> None:
         ctx = context(actor=f"controller {number}")
-        ctx.cluster.capacity()
+        ctx.cluster.read_capacity()
         ready.wait(60)
         try:
             for _count in range(4):

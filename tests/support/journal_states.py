@@ -118,7 +118,7 @@ class World:
         entries: list[tuple[Any, ...]] = []
         for case in self.cases.values():
             own, smbios = str(uuid.uuid4()), str(uuid.uuid4())
-            self._make_vm(case, identity.marker(own, database), smbios)
+            self._make_vm(case, identity.make_marker(own, database), smbios)
             template = _FIRST_TEMPLATE + case.vmid
             upid = self._make_task(case, template, now)
             creation: dict[str, Any] = {"template": template, "template_name": "t", "template_node": "pve1"}

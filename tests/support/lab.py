@@ -310,7 +310,7 @@ class Lab:
 
     def ours(self) -> dict[str, int]:
         """Return sandbox UUID -> VMID of every VM on the cluster that has our marker."""
-        return {uuid: vm.vmid for vm in list(self.pve.vms) for uuid in identity.markers(vm.config)}
+        return {uuid: vm.vmid for vm in list(self.pve.vms) for uuid in identity.read_markers(vm.config)}
 
     def unrecorded(self) -> list[int]:
         """Return the VMIDs of VMs with our marker that belong to no live record."""
@@ -321,7 +321,7 @@ class Lab:
         """Assert what holds at every moment: no DESTROYED record has a VM, and the bystander is as it was."""
         # A hook that failed did not do what the test thinks it did.
         assert not self.pve.hook_errors, self.pve.hook_errors
-        smbios = {identity.smbios_uuid(vm.config) for vm in list(self.pve.vms)}
+        smbios = {identity.read_smbios_uuid(vm.config) for vm in list(self.pve.vms)}
         ours = self.ours()
         for sandbox in self.records():
             if not sandbox.live:

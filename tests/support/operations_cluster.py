@@ -69,7 +69,9 @@ class Cluster:
             if any(vm.owner == owner for vm in self.vms.values()):
                 self.double.append(f"{owner} has a second VM, {vmid}")
             smbios = str(uuid.uuid4())
-            self.vms[vmid] = Vm({"description": identity.marker(owner, database), "smbios1": f"uuid={smbios}"}, owner)
+            self.vms[vmid] = Vm(
+                {"description": identity.make_marker(owner, database), "smbios1": f"uuid={smbios}"}, owner
+            )
             return smbios
 
     def change(self, vmid: int, owner: str, digest: str, fence: int, delete: bool) -> bool:

@@ -18,7 +18,9 @@ STORAGES = ("local-lvm", "local", "shared")
 
 def make(lab: Lab, name: str = "w1", storage: str = "local-lvm", **values: Any) -> Workspace:
     """Create a workspace and return its record."""
-    made = workspace.present(lab.context(), name, size=values.pop("size", "8G"), storage=storage, **values).workspace
+    made = workspace.ensure_present(
+        lab.context(), name, size=values.pop("size", "8G"), storage=storage, **values
+    ).workspace
     assert made is not None
     return made
 
@@ -26,17 +28,17 @@ def make(lab: Lab, name: str = "w1", storage: str = "local-lvm", **values: Any) 
 def attach(lab: Lab, name: str, vmid: int, ttl: int | None = None, **options: Any) -> workspace.WorkspaceResult:
     """Attach a workspace to the sandbox with that VMID, for ``ttl`` seconds if given."""
     ctx = lab.context(**options)
-    return workspace.attached(ctx, name, ctx.select(vmid), ttl)
+    return workspace.ensure_attached(ctx, name, ctx.select(vmid), ttl)
 
 
 def detach(lab: Lab, name: str, **options: Any) -> workspace.WorkspaceResult:
     """Detach a workspace. ``options`` are configuration keys of the run."""
-    return workspace.detached(lab.context(**options), name)
+    return workspace.ensure_detached(lab.context(**options), name)
 
 
 def now(lab: Lab, name: str = "w1") -> Workspace:
     """Return the record of a workspace as it is now."""
-    record = workspace.records(lab.context()).find(name)
+    record = workspace.open_records(lab.context()).find(name)
     assert record is not None
     return record
 

@@ -13,7 +13,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox imp
 
 OURS, OTHER = "0b54ae1c-0d4e-4d8c-9f34-111111111111", "0b54ae1c-0d4e-4d8c-9f34-222222222222"
 SMBIOS, STRANGE = "aaaaaaaa-0d4e-4d8c-9f34-333333333333", "bbbbbbbb-0d4e-4d8c-9f34-444444444444"
-MINE, THEIRS = identity.marker(OURS), identity.marker(OTHER)
+MINE, THEIRS = identity.make_marker(OURS), identity.make_marker(OTHER)
 
 
 def config(description: str | None, smbios: str | None, **more: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def test_an_smbios_that_cannot_be_read_matches_nothing(smbios1: object) -> None:
 
 
 def test_the_uuid_is_read_among_other_smbios_values() -> None:
-    assert identity.smbios_uuid({"smbios1": f"base64=1,uuid={SMBIOS},serial=MQ=="}) == SMBIOS
+    assert identity.read_smbios_uuid({"smbios1": f"base64=1,uuid={SMBIOS},serial=MQ=="}) == SMBIOS
 
 
 def test_verdict_carries_digest_and_evidence() -> None:
@@ -97,41 +97,43 @@ def test_verdict_carries_digest_and_evidence() -> None:
 
 
 def test_deletion_note_keeps_the_marker_and_does_not_grow() -> None:
-    once = identity.deletion_note({"description": MINE}, "prune", "2026-01-01T00:00:00Z")
-    assert identity.markers({"description": once}) == {OURS} and "agentlab-delete: prune 2026-01-01T00:00:00Z" in once
-    twice = identity.deletion_note({"description": once}, "destroy", "2026-01-01T00:00:01Z")
+    once = identity.add_deletion_note({"description": MINE}, "prune", "2026-01-01T00:00:00Z")
+    assert (
+        identity.read_markers({"description": once}) == {OURS} and "agentlab-delete: prune 2026-01-01T00:00:00Z" in once
+    )
+    twice = identity.add_deletion_note({"description": once}, "destroy", "2026-01-01T00:00:01Z")
     assert twice.count("agentlab-delete:") == 1 and len(twice.splitlines()) == len(once.splitlines())
 
 
 def test_deletion_note_of_the_longest_description_still_carries_marker_and_note() -> None:
-    note = identity.deletion_note({"description": MINE + "\n" + "x" * 8100}, "destroy", "2026-01-01T00:00:00Z")
-    assert len(note) <= 8192 and identity.markers({"description": note}) == {OURS}
+    note = identity.add_deletion_note({"description": MINE + "\n" + "x" * 8100}, "destroy", "2026-01-01T00:00:00Z")
+    assert len(note) <= 8192 and identity.read_markers({"description": note}) == {OURS}
     # The marker need not stand first: text of somebody's own in front of it may not push it out.
-    note = identity.deletion_note({"description": "x" * 8050 + "\n" + MINE}, "destroy", "2026-01-01T00:00:00Z")
-    assert len(note) <= 8192 and identity.markers({"description": note}) == {OURS}
+    note = identity.add_deletion_note({"description": "x" * 8050 + "\n" + MINE}, "destroy", "2026-01-01T00:00:00Z")
+    assert len(note) <= 8192 and identity.read_markers({"description": note}) == {OURS}
 
 
 def test_the_judge_takes_markers_with_and_without_a_database() -> None:
     for database in (None, "a" * 32, "b" * 32):
-        mark = identity.marker(OURS, database)
+        mark = identity.make_marker(OURS, database)
         assert identity.judge(OURS, SMBIOS, config(mark, SMBIOS)).identity == identity.MATCH
-        assert identity.markers({"description": mark}) == {OURS} and identity.is_ours(mark)
+        assert identity.read_markers({"description": mark}) == {OURS} and identity.is_ours(mark)
 
 
 @pytest.mark.parametrize(
     ("description", "others"),
     [
-        (identity.marker(OURS, "a" * 32), set()),
-        (identity.marker(OURS, "b" * 32), {"b" * 32}),
-        (identity.marker(OURS, "b" * 32).upper(), {"b" * 32}),
-        (identity.marker(OURS), set()),
-        (identity.marker(OURS, "b" * 32) + "\n" + identity.marker(OTHER), set()),
-        (identity.marker(OURS, "b" * 32) + "\n" + identity.marker(OTHER, "a" * 32), set()),
-        (identity.marker(OURS, "b" * 32) + "\n" + identity.marker(OTHER, "c" * 32), {"b" * 32, "c" * 32}),
+        (identity.make_marker(OURS, "a" * 32), set()),
+        (identity.make_marker(OURS, "b" * 32), {"b" * 32}),
+        (identity.make_marker(OURS, "b" * 32).upper(), {"b" * 32}),
+        (identity.make_marker(OURS), set()),
+        (identity.make_marker(OURS, "b" * 32) + "\n" + identity.make_marker(OTHER), set()),
+        (identity.make_marker(OURS, "b" * 32) + "\n" + identity.make_marker(OTHER, "a" * 32), set()),
+        (identity.make_marker(OURS, "b" * 32) + "\n" + identity.make_marker(OTHER, "c" * 32), {"b" * 32, "c" * 32}),
         (f"agentlab-sandbox: {OURS} (database abc)", set()),
         ("", set()),
     ],
 )
 def test_a_vm_is_another_databases_only_if_each_marker_says_so(description: str, others: set[str]) -> None:
-    assert identity.other_databases({"description": description}, "a" * 32) == others
-    assert identity.other_databases({"description": description}, None) == set()
+    assert identity.read_other_databases({"description": description}, "a" * 32) == others
+    assert identity.read_other_databases({"description": description}, None) == set()

@@ -91,8 +91,8 @@ def test_a_pass_that_a_person_asks_for_waits_for_another_controllers(
     options = {"database": uri, "config_file": "", "claim_timeout": "1s", "api_host": "127.0.0.1"}
     ctx = Context(config.load(options, {"AGENTLAB_CONFIG": EMPTY_CONFIG}), actor="person")
     policy = rules.parse("auto_cleanup: {rules: []}", "rules")
-    monkeypatch.setattr(reconcile, "_run", lambda *_values: ["the pass"])
-    monkeypatch.setattr(cleanup, "_run", lambda *_values: ["the pass"])
+    monkeypatch.setattr(reconcile, "_run_pass", lambda *_values: ["the pass"])
+    monkeypatch.setattr(cleanup, "_run_rules", lambda *_values: ["the pass"])
 
     def ask(context: Context, apply: bool = True) -> Any:
         return reconcile.run(context, apply=apply) if what == "reconcile" else cleanup.run(context, policy)

@@ -146,13 +146,13 @@ NOT_FULL = (
 
 @pytest.mark.parametrize("kind", FULL)
 def test_what_a_full_storage_says(kind: str) -> None:
-    assert answers.storage_full(FULL[kind])
+    assert answers.is_storage_full(FULL[kind])
     # Warnings of LVM stand in the same log.
-    assert answers.storage_full(" | ".join([*NOT_FULL, FULL[kind]]))
-    assert answers.storage_full(f"{FULL[kind]}. Its log ends: {' | '.join(NOT_FULL)}")
+    assert answers.is_storage_full(" | ".join([*NOT_FULL, FULL[kind]]))
+    assert answers.is_storage_full(f"{FULL[kind]}. Its log ends: {' | '.join(NOT_FULL)}")
 
 
 @pytest.mark.parametrize("text", NOT_FULL)
 def test_what_a_storage_with_room_says(text: str) -> None:
-    assert not answers.storage_full(text)
-    assert not answers.storage_full(f"clone failed: interrupted by signal. Its log ends: {' | '.join(NOT_FULL)}")
+    assert not answers.is_storage_full(text)
+    assert not answers.is_storage_full(f"clone failed: interrupted by signal. Its log ends: {' | '.join(NOT_FULL)}")

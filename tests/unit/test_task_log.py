@@ -76,10 +76,10 @@ def test_of_a_destroy(lab: Lab) -> None:
 
 
 def test_a_failed_workspace_operation_tells_the_end_of_the_task_log(lab: Lab) -> None:
-    workspace.present(lab.context(), "w1", size="2G", storage="local-lvm")
+    workspace.ensure_present(lab.context(), "w1", size="2G", storage="local-lvm")
     fail(lab, "imgdel")
     with pytest.raises(AgentlabError) as caught:
-        workspace.absent(lab.context(), "w1", force=True)
+        workspace.ensure_absent(lab.context(), "w1", force=True)
     assert TOLD in caught.value.message
 
 

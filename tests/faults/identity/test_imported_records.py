@@ -43,7 +43,7 @@ def test_an_imported_record_without_a_uuid_adopts_nobody(lab: Lab, state: str, s
 def test_an_imported_record_without_a_uuid_is_not_bound_by_a_copied_marker(lab: Lab, state: str) -> None:
     ours = lab.create()
     lab.force_state(ours.vmid, state, smbios_uuid=None)
-    vm = lab.swap(ours.vmid, running=True, name="a1", tags="agentlab", description=identity.marker(ours.uuid))
+    vm = lab.swap(ours.vmid, running=True, name="a1", tags="agentlab", description=identity.make_marker(ours.uuid))
     before = dict(vm.config)
     words = try_everything(lab, ours)
     assert "force: kept ambiguous" in words

@@ -109,7 +109,7 @@ def test_copied_marker_is_not_bound_without_our_own_clone_task(lab: Lab) -> None
         lab.create(vmid=1005)
     ours = lab.records()[0]
     lab.pve.tasklog.clear()
-    vm = lab.swap(1005, running=True, description=identity.marker(ours.uuid))
+    vm = lab.swap(1005, running=True, description=identity.make_marker(ours.uuid))
     time.sleep(1.1)
     for _dummy in range(2):
         with pytest.raises(AgentlabError):

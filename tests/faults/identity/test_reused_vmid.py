@@ -185,7 +185,7 @@ def test_two_databases_on_one_cluster_leave_each_other_in_peace(lab: Lab) -> Non
     # Markers of older releases name no database: nobody knows whose the VM is, so both report it.
     lab.pve.remove_vm(777)
     lab.pve.remove_vm(1050)
-    lab.pve.add_vm(778, "older", config={"description": identity.marker(first.uuid), "tags": "agentlab"})
+    lab.pve.add_vm(778, "older", config={"description": identity.make_marker(first.uuid), "tags": "agentlab"})
     assert [drift.vmid for drift in lab.reconcile(**second_range)] == [778]
     lab.destroy(second.vmid, force=True, **second_range)
     assert lab.pve.vm(first.vmid) is not None and lab.pve.vm(second.vmid) is None

@@ -45,7 +45,7 @@ def test_a_foreign_attachment_is_refused_and_left_alone(lab: Lab) -> None:
     with pytest.raises(CreationFailed, match="what was made for it has been removed"):
         lab.create("a2", workspace="w1")
     with pytest.raises(WorkspaceRefused, match=f"VM {BYSTANDER} has its volume"):
-        workspace.absent(lab.context(), "w1", force=True)
+        workspace.ensure_absent(lab.context(), "w1", force=True)
     assert lab.pve.vm(BYSTANDER).config == before and now(lab).state == "DETACHED"
     assert list_mentions(lab, found) == [f"{BYSTANDER}:scsi7"]
 
@@ -136,7 +136,7 @@ def test_a_vm_that_migrates_while_it_is_asked_may_have_it(lab: Lab, times: int) 
     with pytest.raises(AgentlabError, match="VM 700 has (its volume|it attached cannot be read)"):
         attach(lab, "w1", made.vmid)
     with pytest.raises(AgentlabError, match="VM 700 has (its volume|it attached cannot be read)"):
-        workspace.absent(lab.context(), "w1", force=True)
+        workspace.ensure_absent(lab.context(), "w1", force=True)
     lab.pve.before = None
     assert list_mentions(lab, found) == ["700:scsi7"] and lab.pve.volumes_of(found.owner_vmid) == [found.volume]
     lab.pve.remove_vm(700)

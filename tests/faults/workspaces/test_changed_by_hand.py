@@ -26,7 +26,7 @@ def test_a_configuration_that_somebody_changes_meanwhile_is_judged_anew(lab: Lab
     vmid = lab.create("a1").vmid
     steps: list[tuple[str, Any, str]] = [
         ("/config", lambda: attach(lab, "w1", vmid), "attached"),
-        ("/resize", lambda: workspace.present(lab.context(), "w1", size="12G"), "grown"),
+        ("/resize", lambda: workspace.ensure_present(lab.context(), "w1", size="12G"), "grown"),
         ("/config", lambda: detach(lab, "w1"), "detached"),
     ]
     for ending, act, outcome in steps:
@@ -96,7 +96,7 @@ def test_what_was_taken_off_by_hand_is_not_called_attached(lab: Lab) -> None:
     with pytest.raises(WorkspaceRefused, match="does not have it attached any more"):
         attach(lab, "w1", made.vmid, ttl=7200)
     with pytest.raises(WorkspaceRefused, match="does not have it attached any more"):
-        workspace.present(lab.context(), "w1", size="12G")
+        workspace.ensure_present(lab.context(), "w1", size="12G")
     assert detach(lab, "w1").changed
     assert_kept_whole(lab, found)
     assert attach(lab, "w1", made.vmid).outcome == "attached"

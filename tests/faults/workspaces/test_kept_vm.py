@@ -191,15 +191,15 @@ def test_a_vm_that_goes_while_its_workspace_is_looked_at_is_looked_for_again(lab
 def test_a_guest_that_does_not_let_the_disk_go_leaves_a_clear_state(lab: Lab) -> None:
     made = lab.create()
     ctx = lab.context()
-    workspace.present(ctx, "w1", size="1G", storage="local-lvm")
-    workspace.attached(ctx, "w1", ctx.select(made.vmid))
+    workspace.ensure_present(ctx, "w1", size="1G", storage="local-lvm")
+    workspace.ensure_attached(ctx, "w1", ctx.select(made.vmid))
     lab.pve.unplug_refused = True
     try:
         with pytest.raises(Kept, match="does not let it go. Stop the sandbox, then detach it"):
-            workspace.detached(lab.context(), "w1")
+            workspace.ensure_detached(lab.context(), "w1")
         assert now(lab).state == "ATTACHED" and not lab.pve.vm(made.vmid).pending
         lab.power("stop", made.vmid)
-        assert workspace.detached(lab.context(), "w1").outcome == "detached"
+        assert workspace.ensure_detached(lab.context(), "w1").outcome == "detached"
     finally:
         lab.pve.unplug_refused = False
 
@@ -208,8 +208,8 @@ def test_a_vm_that_the_list_calls_stopped_is_stopped_before_its_disk_is_taken_of
     """The list lags by up to ten seconds; the guest of this VM would not let the disk go."""
     made = lab.create()
     ctx = lab.context()
-    workspace.present(ctx, "w1", size="1G", storage="local-lvm")
-    workspace.attached(ctx, "w1", ctx.select(made.vmid))
+    workspace.ensure_present(ctx, "w1", size="1G", storage="local-lvm")
+    workspace.ensure_attached(ctx, "w1", ctx.select(made.vmid))
     rows = {
         "data": [
             {

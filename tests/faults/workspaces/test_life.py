@@ -31,16 +31,18 @@ def test_a_workspace_lives_on_each_kind_of_storage(lab: Lab, storage: str) -> No
     found = make(lab, storage=storage)
     assert found.owner_vmid == 990000 and f"vm-990000-ws-{found.id}" in found.volume and found.size == 8 * 1024**3
     assert found.node == (None if storage == "shared" else "pve1")
-    assert workspace.present(lab.context(), "w1", size="8G").outcome == "unchanged"
+    assert workspace.ensure_present(lab.context(), "w1", size="8G").outcome == "unchanged"
     made = lab.create("a1", workspace="w1")
     assert made.workspace_id == found.id and now(lab).state == "ATTACHED"
     key = list_mentions(lab, found)[0].partition(":")[2]
     drive = lab.pve.vm(made.vmid).config[key]
     assert "backup=0" in drive and "replicate=0" in drive and f"serial={found.serial}" in drive
     assert lab.events(made)[-1]["reason"] == "ready"
-    assert workspace.present(lab.context(), "w1", size="12G").outcome == "grown" and now(lab).size == 12 * 1024**3
+    assert (
+        workspace.ensure_present(lab.context(), "w1", size="12G").outcome == "grown" and now(lab).size == 12 * 1024**3
+    )
     with pytest.raises(WorkspaceRefused, match="w1' is ATTACHED to sandbox"):
-        workspace.absent(lab.context(), "w1", force=True)
+        workspace.ensure_absent(lab.context(), "w1", force=True)
     assert detach(lab, "w1").changed and not detach(lab, "w1").changed
     assert lab.record(made).workspace_id is None
     assert_kept_whole(lab, found)
@@ -48,10 +50,10 @@ def test_a_workspace_lives_on_each_kind_of_storage(lab: Lab, storage: str) -> No
     lab.destroy(made.vmid, force=True)
     assert_kept_whole(lab, found)
     with pytest.raises(WorkspaceRefused, match="holds 12G of data .* would be lost") as refused:
-        workspace.absent(lab.context(), "w1", force=False)
+        workspace.ensure_absent(lab.context(), "w1", force=False)
     assert refused.value.remedy == "delete_workspace"
-    assert workspace.absent(lab.context(), "w1", force=True).outcome == "deleted"
-    assert workspace.absent(lab.context(), "w1", force=True).outcome == "not_found"
+    assert workspace.ensure_absent(lab.context(), "w1", force=True).outcome == "deleted"
+    assert workspace.ensure_absent(lab.context(), "w1", force=True).outcome == "not_found"
     assert lab.pve.volumes_of(found.owner_vmid) == []
     # Another of the same name is another one, under another owner.
     assert make(lab, storage=storage).owner_vmid == 990001
@@ -103,7 +105,7 @@ def test_a_workspace_that_is_renewed_before_it_is_taken_over_stays(lab: Lab) -> 
     ctx = lab.context()
     ctx.records = Records(ctx.records)  # type: ignore[assignment]
     with pytest.raises(WorkspaceRefused, match="w1' is ATTACHED to sandbox"):
-        workspace.attached(ctx, "w1", ctx.select(other.vmid))
+        workspace.ensure_attached(ctx, "w1", ctx.select(other.vmid))
     assert renewed == ["renewed"] and now(lab).vmid == holder.vmid
 
 
@@ -127,12 +129,12 @@ def test_what_is_refused_before_anything_is_made(lab: Lab) -> None:
         lab.create("a1", workspace="w9")
     make(lab)
     with pytest.raises(InvalidInput, match="size: workspace 'w1' has 8G, and workspaces only grow"):
-        workspace.present(lab.context(), "w1", size="4G")
+        workspace.ensure_present(lab.context(), "w1", size="4G")
     with pytest.raises(WorkspaceRefused, match="attach it to a sandbox, then let it grow"):
-        workspace.present(lab.context(), "w1", size="9G")
+        workspace.ensure_present(lab.context(), "w1", size="9G")
     with pytest.raises(InvalidInput, match="never moved"):
-        workspace.present(lab.context(), "w1", storage="shared")
-    assert lab.records() == [] and len(workspace.records(lab.context()).find_all()) == 1
+        workspace.ensure_present(lab.context(), "w1", storage="shared")
+    assert lab.records() == [] and len(workspace.open_records(lab.context()).find_all()) == 1
 
 
 def test_an_owner_that_a_vm_has_or_that_owns_something_is_not_taken(lab: Lab) -> None:
@@ -145,7 +147,7 @@ def test_an_owner_that_a_vm_has_or_that_owns_something_is_not_taken(lab: Lab) ->
     # Hidden from the list, but Proxmox says that it is taken.
     lab.pve.add_guest(990004)
     lab.pve.before = lambda method, path: None
-    rows = lab.context().cluster.vms()
+    rows = lab.context().cluster.list_vms()
     assert 990004 in rows
     assert lab.pve.volumes_of(990002) == ["local-lvm:vm-990002-disk-0"]
 
@@ -198,11 +200,11 @@ def test_a_volume_that_comes_into_being_late_is_its_own(lab: Lab) -> None:
 
     lab.pve.before = late
     with contextlib.suppress(AgentlabError):
-        workspace.present(lab.context(), "w1", size="8G", storage="local-lvm")
+        workspace.ensure_present(lab.context(), "w1", size="8G", storage="local-lvm")
     lab.pve.before = None
     assert len(looks) >= 2
     assert now(lab).state in ("CREATING", "DETACHED")
-    done = workspace.present(lab.context(), "w1", size="8G", storage="local-lvm").workspace
+    done = workspace.ensure_present(lab.context(), "w1", size="8G", storage="local-lvm").workspace
     assert done is not None and done.id == reserved.id
     assert_kept_whole(lab, done)
 
@@ -211,4 +213,4 @@ def test_a_volume_that_comes_into_being_late_is_its_own(lab: Lab) -> None:
 def test_every_size_that_is_accepted_can_be_made(lab: Lab, size: str) -> None:
     found = make(lab, size=size)
     assert found.size == workspace.parse_size(size)
-    assert workspace.present(lab.context(), "w1", size=size).outcome == "unchanged"
+    assert workspace.ensure_present(lab.context(), "w1", size=size).outcome == "unchanged"

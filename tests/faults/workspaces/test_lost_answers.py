@@ -65,11 +65,11 @@ def test_a_lost_answer_is_settled_by_the_next_run(lab: Lab, kind: str, method: s
     else:
         lab.pve.fault(method, suffix, kind)
         with pytest.raises(AgentlabError):
-            workspace.absent(lab.context(), "w1", force=True)
+            workspace.ensure_absent(lab.context(), "w1", force=True)
         assert now(lab).state == "DELETING"
         with pytest.raises(WorkspaceRefused, match="is DELETING"):
             attach(lab, "w1", made.vmid)
-        assert workspace.absent(lab.context(), "w1", force=True).outcome == "deleted"
+        assert workspace.ensure_absent(lab.context(), "w1", force=True).outcome == "deleted"
         assert lab.pve.volumes_of(found.owner_vmid) == []
 
 

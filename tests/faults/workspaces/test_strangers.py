@@ -42,7 +42,7 @@ def test_growing_changes_no_stranger_that_took_the_vmid(lab: Lab, moment: str) -
 
     lab.pve.before = swap
     with pytest.raises(AgentlabError):
-        workspace.present(lab.context(), "w1", size="12G")
+        workspace.ensure_present(lab.context(), "w1", size="12G")
     assert swapped and swapped[0] in lab.pve.vms and swapped[0].config == swapped[1]
 
 

@@ -33,7 +33,7 @@ def test_a_volume_that_these_credentials_do_not_see_is_not_called_gone(lab: Lab,
         with pytest.raises(
             Kept, match="would not if it were there: .* Grant Datastore.Allocate, .* together on /storage/local-lvm"
         ):
-            workspace.absent(lab.context(dry_run=dry_run), "w1", force=True)
+            workspace.ensure_absent(lab.context(dry_run=dry_run), "w1", force=True)
     told = workspace.show(lab.context(), verify=True)["workspaces"][0]
     assert told["volume_present"] is None and told["attached_to"] == [] and "may not see it" in told["unknown"][0]
     assert now(lab).state == "DETACHED" and lab.pve.volumes_of(found.owner_vmid) == [found.volume]
@@ -42,7 +42,7 @@ def test_a_volume_that_these_credentials_do_not_see_is_not_called_gone(lab: Lab,
     lab.pve.storages["local-lvm"]["volumes"].clear()
     told = workspace.show(lab.context(), verify=True)["workspaces"][0]
     assert told["volume_present"] is False and told["unknown"] == []
-    assert workspace.absent(lab.context(), "w1", force=True).outcome == "deleted"
+    assert workspace.ensure_absent(lab.context(), "w1", force=True).outcome == "deleted"
 
 
 def test_rights_lost_between_deleting_and_looking_leave_it_deleting(lab: Lab) -> None:
@@ -59,7 +59,7 @@ def test_rights_lost_between_deleting_and_looking_leave_it_deleting(lab: Lab) ->
 
     lab.pve.before = revoke
     with pytest.raises(AgentlabError):
-        workspace.absent(lab.context(), "w1", force=True)
+        workspace.ensure_absent(lab.context(), "w1", force=True)
     lab.pve.before = None
     assert now(lab).state == "DELETING"
     with pytest.raises(Kept, match="may not see it"):
@@ -67,7 +67,7 @@ def test_rights_lost_between_deleting_and_looking_leave_it_deleting(lab: Lab) ->
     assert now(lab).state == "DELETING" and lab.pve.volumes_of(found.owner_vmid) == [found.volume]
     lab.pve.acl = None
     workspace.finish(lab.context(), now(lab))
-    assert lab.pve.volumes_of(found.owner_vmid) == [] and workspace.records(lab.context()).find("w1") is None
+    assert lab.pve.volumes_of(found.owner_vmid) == [] and workspace.open_records(lab.context()).find("w1") is None
 
 
 def test_a_creation_that_was_cut_off_is_given_up_only_where_its_volume_would_be_seen(lab: Lab) -> None:
@@ -91,7 +91,7 @@ def test_a_volume_that_the_storage_does_not_list_for_now_is_not_called_gone(lab:
     lab.pve.storages["local-lvm"]["content"] = "rootdir"
     lab.pve.fault("GET", "/content", "answer", status=200, body='{"data": []}', times=9)
     with pytest.raises(Kept, match="has no content type 'images'"):
-        workspace.absent(lab.context(), "w1", force=True)
+        workspace.ensure_absent(lab.context(), "w1", force=True)
     assert now(lab).state == "DETACHED" and lab.pve.volumes_of(found.owner_vmid) == [found.volume]
 
 
@@ -121,16 +121,16 @@ def test_a_second_try_to_make_a_volume_is_in_doubt_from_then_on(lab: Lab) -> Non
     lab.options["doubt_window"] = "20s"
     lab.clock = FakeClock()
     lab.clock.pass_time(30)
-    assert [one.name for one in workspace_disk.unfinished(lab.context())] == ["w1"]
+    assert [one.name for one in workspace_disk.list_unfinished(lab.context())] == ["w1"]
     lab.pve.fault("POST", "/content", "hang", seconds=2, carry_out="late")
     with pytest.raises(AgentlabError):
-        workspace.present(lab.context(api_timeout=1), "w1", size="8G", storage="local-lvm")
-    assert workspace_disk.unfinished(lab.context()) == []
+        workspace.ensure_present(lab.context(api_timeout=1), "w1", size="8G", storage="local-lvm")
+    assert workspace_disk.list_unfinished(lab.context()) == []
     with pytest.raises(Kept, match="may still be carried out"):
-        workspace.absent(lab.context(), "w1", force=True)
+        workspace.ensure_absent(lab.context(), "w1", force=True)
     time.sleep(2.5)
     assert lab.pve.volumes_of(found.owner_vmid) == [found.volume]
-    assert workspace.present(lab.context(), "w1", size="8G").changed
+    assert workspace.ensure_present(lab.context(), "w1", size="8G").changed
     assert_kept_whole(lab, found)
 
 

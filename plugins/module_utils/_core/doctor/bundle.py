@@ -91,7 +91,7 @@ def _replacements(exam: Examination, hosts: bool) -> dict[str, str]:
     for name in (proxmox.api_host, socket.gethostname(), socket.getfqdn()):
         if name and name not in ("localhost", *_KEEP):
             replaced[name] = "(host)"
-    nodes, vms = exam.context.cluster.known()
+    nodes, vms = exam.context.cluster.list_known()
     for number, node in enumerate(sorted(nodes), 1):
         replaced[node] = f"(node {number})"
     for sandbox in exam.context.records.find_all(include_destroyed=True):

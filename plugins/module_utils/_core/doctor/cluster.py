@@ -61,7 +61,7 @@ def check_cluster(exam: Examination) -> Iterable[Finding]:
 
 
 def check_quorum(exam: Examination) -> Iterable[Finding]:
-    exam.nodes = exam.context.cluster.nodes()
+    exam.nodes = exam.context.cluster.list_nodes()
     offline = sorted(node for node, online in exam.nodes.items() if not online)
     facts = {"nodes": exam.nodes}
     try:
@@ -90,7 +90,7 @@ def check_quorum(exam: Examination) -> Iterable[Finding]:
 
 def check_vmid_range(exam: Examination) -> Iterable[Finding]:
     low, high = exam.config.vmid_range
-    rows = exam.context.cluster.vms()
+    rows = exam.context.cluster.list_vms()
     ours = {sandbox.vmid for sandbox in exam.context.records.find_all()}
     within = {vmid: row for vmid, row in rows.items() if low <= vmid <= high}
     strangers = sorted(set(within) - ours)
@@ -162,7 +162,7 @@ def _carries_marker(exam: Examination, vmid: int, row: Mapping[str, Any]) -> boo
     if row.get("type") != "qemu":
         return False
     try:
-        return bool(identity.markers(exam.context.client.get_dict(f"nodes/{row.get('node')}/qemu/{vmid}/config")))
+        return bool(identity.read_markers(exam.context.client.get_dict(f"nodes/{row.get('node')}/qemu/{vmid}/config")))
     except ProxmoxError:
         return False
 

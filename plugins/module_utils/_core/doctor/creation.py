@@ -90,7 +90,7 @@ def _pool_exists(exam: Examination, pool: str) -> bool | None:
     if any(row.get("poolid") == pool for row in exam.context.client.get_list("pools")):
         return True
     # An ACL entry on the path proves nothing: Proxmox VE takes one for a pool that is not there.
-    return False if exam.context.cluster.holds(f"/pool/{pool}", "Pool.Audit") else None
+    return False if exam.context.cluster.has_privilege(f"/pool/{pool}", "Pool.Audit") else None
 
 
 def acl_entries(exam: Examination) -> list[dict[str, Any]]:

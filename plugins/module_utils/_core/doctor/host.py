@@ -310,7 +310,7 @@ def check_work(exam: Examination) -> Iterable[Finding]:
             doubtful.append(str(sandbox.vmid))
         else:
             cut_off.append(f"{sandbox.vmid} ({entry.kind}, {entry.phase})")
-    disks = workspace_disk.unfinished(context)
+    disks = workspace_disk.list_unfinished(context)
     facts = {"sandboxes": len(live), "overdue": overdue[:50], "cut_off": cut_off[:50]}
     unfinished: list[tuple[str, str]] = []
     pause = timeguard.rests(context)

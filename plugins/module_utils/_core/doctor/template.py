@@ -31,7 +31,7 @@ def _home(exam: Examination, identifier: str) -> str | None:
     if len(exam.nodes) <= 1:
         # Also when the nodes could not be read: the credentials may lack Sys.Audit.
         return None
-    online = exam.context.cluster.nodes()
+    online = exam.context.cluster.list_nodes()
     named = sorted(templates.find_by_name(exam.context, identifier).values())
     return next((node for node in named if online.get(node)), None)
 
@@ -161,7 +161,7 @@ def _missing_snippets(
         )
         if any(row.get("volid") == volume for row in rows):
             continue
-        if storage in kinds and exam.context.cluster.holds(path, "Datastore.Allocate"):
+        if storage in kinds and exam.context.cluster.has_privilege(path, "Datastore.Allocate"):
             yield Finding(
                 "template",
                 PROBLEM,

@@ -150,7 +150,7 @@ def check_place(ctx: Context, node: str) -> None:
     folder = ctx.config.snippets_dir
     row = check_storage(ctx, node)
     own_node = _get_own_node()
-    if own_node != node and own_node in ctx.cluster.nodes() and not _is_shared(row):
+    if own_node != node and own_node in ctx.cluster.list_nodes() and not _is_shared(row):
         raise InvalidInput(
             f"cloud_init_user_data: {_explain_elsewhere(ctx, node, own_node)}",
             option="cloud_init_user_data",
@@ -260,7 +260,7 @@ def _require_seen(ctx: Context, sandbox: Sandbox, path: str) -> None:
     shared = any(
         _is_shared(row) for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage
     )
-    if own_node == node or (shared and own_node in ctx.cluster.nodes()):
+    if own_node == node or (shared and own_node in ctx.cluster.list_nodes()):
         # If the node does not see the snippet after all, Proxmox refuses cicustom and the creation is cleaned up.
         return
     raise InvalidInput(

@@ -92,10 +92,10 @@ def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
     controller runs the rules.
     """
     with ctx.run_alone("cleanup"):
-        return _run(ctx, policy)
+        return _run_rules(ctx, policy)
 
 
-def _run(ctx: Context, policy: rules.Policy) -> CleanupResult:
+def _run_rules(ctx: Context, policy: rules.Policy) -> CleanupResult:
     looking = ctx.dry_run
     stopped = timeguard.frozen(ctx)
     if stopped and not looking:
@@ -107,7 +107,7 @@ def _run(ctx: Context, policy: rules.Policy) -> CleanupResult:
     report = CleanupResult(dry_run=looking)
     pause_reason = timeguard.rests(ctx)
     live = ctx.records.find_all()
-    chosen = _choose(ctx, policy, live, pause_reason, report)
+    chosen = _choose_rules(ctx, policy, live, pause_reason, report)
     doomed = [sandbox for rule, sandbox in chosen if rule.action == rules.DESTROY]
     report.candidates = len(doomed)
     too_many = _find_exceeded_guard(policy, len(doomed), len(live))
@@ -116,7 +116,7 @@ def _run(ctx: Context, policy: rules.Policy) -> CleanupResult:
         prune.plan(ctx, doomed, planned)
         too_many = _find_exceeded_guard(policy, planned.count, len(live))
         if looking:
-            _add(report, planned)
+            _add_outcomes(report, planned)
             report.guard = too_many
             report.marked = [
                 Outcome.of("would_fail", sandbox, state=states.FAILED, reason=rule.name, changed=True)
@@ -132,7 +132,7 @@ def _run(ctx: Context, policy: rules.Policy) -> CleanupResult:
             (rule, sandbox) for rule, sandbox in chosen if rule.action != rules.DESTROY or sandbox.uuid in counted
         ]
         planned.pruned = []
-        _add(report, planned)
+        _add_outcomes(report, planned)
     if too_many:
         freeze(ctx, too_many)
         raise GuardTripped(
@@ -141,13 +141,13 @@ def _run(ctx: Context, policy: rules.Policy) -> CleanupResult:
     for rule in policy.rules:
         mine = [sandbox for other, sandbox in chosen if other is rule]
         if mine:
-            _apply(ctx, rule, mine, report)
+            _apply_rule(ctx, rule, mine, report)
     if policy.keep_destroyed is not None and not pause_reason:
-        report.forgotten = _forget(ctx, policy.keep_destroyed)
+        report.forgotten = _forget_destroyed(ctx, policy.keep_destroyed)
     return report
 
 
-def _choose(
+def _choose_rules(
     ctx: Context, policy: rules.Policy, live: list[Sandbox], pause_reason: tuple[str, str] | None, report: CleanupResult
 ) -> list[tuple[rules.CleanupRule, Sandbox]]:
     """Return which rule acts on which sandbox now, judged by the records alone.
@@ -164,9 +164,9 @@ def _choose(
             report.kept.append(Outcome.of("kept", sandbox, reason="rule", message=f"rule {rule.name!r} keeps it"))
             continue
         why = (
-            prune.too_soon(sandbox, rule.after, now)
+            prune.explain_too_young(sandbox, rule.after, now)
             if rule.action == rules.FAIL
-            else prune.spared(sandbox, rule.after, now)
+            else prune.explain_sparing(sandbox, rule.after, now)
         )
         if why is None and pause_reason:
             why = pause_reason
@@ -185,7 +185,7 @@ def _find_exceeded_guard(policy: rules.Policy, count: int, live: int) -> str | N
     return None
 
 
-def _apply(ctx: Context, rule: rules.CleanupRule, chosen: list[Sandbox], report: CleanupResult) -> None:
+def _apply_rule(ctx: Context, rule: rules.CleanupRule, chosen: list[Sandbox], report: CleanupResult) -> None:
     # Events name the rule as part of the actor.
     acting = ctx.derive(actor=f"{ctx.actor} (cleanup rule {rule.name})")
     acting.records.in_pass = True
@@ -194,9 +194,9 @@ def _apply(ctx: Context, rule: rules.CleanupRule, chosen: list[Sandbox], report:
         prune.execute(
             acting, chosen, pruned, operation="cleanup", allowed=lambda sandbox: _refuse_frozen(acting, sandbox)
         )
-        _add(report, pruned)
+        _add_outcomes(report, pruned)
         return
-    for outcome in acting.each(lambda sandbox: _fail(acting, rule, sandbox), chosen):
+    for outcome in acting.each(lambda sandbox: _give_creation_up(acting, rule, sandbox), chosen):
         {"failed": report.failed, "kept": report.kept}.get(outcome.outcome, report.marked).append(outcome)
 
 
@@ -206,7 +206,7 @@ def _refuse_frozen(ctx: Context, sandbox: Sandbox) -> None:
         raise Kept("changed", f"sandbox {sandbox.vmid}: cleanup was frozen while it ran; release it")
 
 
-def _fail(ctx: Context, rule: rules.CleanupRule, planned: Sandbox) -> Outcome:
+def _give_creation_up(ctx: Context, rule: rules.CleanupRule, planned: Sandbox) -> Outcome:
     """Give up a creation that no run works on any more, and return the outcome.
 
     Its VM, if there is one, is bound to the record and left for a later rule.
@@ -223,13 +223,13 @@ def _fail(ctx: Context, rule: rules.CleanupRule, planned: Sandbox) -> Outcome:
         return failure(planned, error)
 
 
-def _add(report: CleanupResult, more: prune.PruneResult) -> None:
+def _add_outcomes(report: CleanupResult, more: prune.PruneResult) -> None:
     report.pruned += more.pruned
     report.kept += more.kept
     report.failed += more.failed
 
 
-def _forget(ctx: Context, older_than: int) -> int:
+def _forget_destroyed(ctx: Context, older_than: int) -> int:
     deleted = 0
     while True:
         count = history.forget(ctx.records, older_than, _FORGET_AT_ONCE)

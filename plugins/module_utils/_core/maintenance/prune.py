@@ -65,7 +65,7 @@ def select(ctx: Context, selection: Selection) -> tuple[list[Sandbox], list[Outc
     for sandbox in ctx.records.find_all(list(dict.fromkeys(selection.states))):
         if selection.tags and not set(selection.tags) & set(sandbox.tags):
             continue
-        why = spared(sandbox, selection.older_than, now)
+        why = explain_sparing(sandbox, selection.older_than, now)
         if why is None and pause_reason:
             why = pause_reason
         if why:
@@ -75,14 +75,14 @@ def select(ctx: Context, selection: Selection) -> tuple[list[Sandbox], list[Outc
     return candidates, kept
 
 
-def spared(sandbox: Sandbox, older_than: int | None, now: int) -> tuple[str, str] | None:
+def explain_sparing(sandbox: Sandbox, older_than: int | None, now: int) -> tuple[str, str] | None:
     """Return (reason, sentence) if the record alone keeps the sandbox, else None. Ages and times are in seconds."""
     if sandbox.protected:
         return "protected", f"sandbox {sandbox.vmid} is protected"
-    return None if older_than is None else too_soon(sandbox, older_than, now)
+    return None if older_than is None else explain_too_young(sandbox, older_than, now)
 
 
-def too_soon(sandbox: Sandbox, older_than: int, now: int) -> tuple[str, str] | None:
+def explain_too_young(sandbox: Sandbox, older_than: int, now: int) -> tuple[str, str] | None:
     """Return (reason, sentence) for a sandbox that is too young, else None.
 
     The age counts from entering the state and must be strictly greater. Without a timestamp the sandbox is too young.
@@ -140,7 +140,7 @@ def execute(
     ``allowed`` raises Kept when nothing more may be started.
     """
 
-    def still(planned: Sandbox) -> destroy.Request:
+    def make_request(planned: Sandbox) -> destroy.Request:
         def recheck(current: Sandbox) -> None:
             if allowed:
                 allowed(current)
@@ -153,11 +153,11 @@ def execute(
 
         return destroy.Request(operation=operation, force=True, claim_wait=0, recheck=recheck)
 
-    for outcome in destroy.run(ctx, [(sandbox, still(sandbox)) for sandbox in candidates]):
-        _sort(report, outcome)
+    for outcome in destroy.run(ctx, [(sandbox, make_request(sandbox)) for sandbox in candidates]):
+        _sort_outcome(report, outcome)
 
 
-def _sort(report: PruneResult, outcome: Outcome) -> None:
+def _sort_outcome(report: PruneResult, outcome: Outcome) -> None:
     if outcome.state == states.DESTROYED and not outcome.failed:
         (report.pruned if outcome.changed else report.kept).append(outcome)
         if not outcome.changed:
@@ -214,4 +214,4 @@ def plan(ctx: Context, candidates: list[Sandbox], report: PruneResult) -> None:
         if outcome.outcome == "would_prune":
             report.pruned.append(outcome)
         else:
-            _sort(report, outcome)
+            _sort_outcome(report, outcome)

@@ -116,11 +116,11 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: Kn
     """
     if apply:
         with ctx.run_alone("reconcile"):
-            return _run(ctx, True, adopt_cluster, known_vms)
-    return _run(ctx, False, adopt_cluster, known_vms)
+            return _run_pass(ctx, True, adopt_cluster, known_vms)
+    return _run_pass(ctx, False, adopt_cluster, known_vms)
 
 
-def _run(ctx: Context, apply: bool, adopt_cluster: bool, known_vms: KnownVms | None) -> list[Drift]:
+def _run_pass(ctx: Context, apply: bool, adopt_cluster: bool, known_vms: KnownVms | None) -> list[Drift]:
     writing = apply and not ctx.dry_run
     ctx.records.in_pass = True
     if adopt_cluster:
@@ -130,7 +130,7 @@ def _run(ctx: Context, apply: bool, adopt_cluster: bool, known_vms: KnownVms | N
     looks = address.Looks(ctx, live)
     if known_vms is not None:
         known_vms.keep_only(live)
-    drifts, unrecorded = _survey(ctx, live, looks, known_vms)
+    drifts, unrecorded = _survey_records(ctx, live, looks, known_vms)
     del live
     if apply:
         # Check before any write: a pass that cannot be trusted must not finish or expire anything either.
@@ -143,7 +143,7 @@ def _run(ctx: Context, apply: bool, adopt_cluster: bool, known_vms: KnownVms | N
             if not binding.stays_unfinished(ctx, sandbox, entry):
                 evidence = {"operation": entry.kind, "phase": entry.phase, "actor": entry.actor}
                 settled.append(Drift("interrupted", "finish it", evidence, sandbox))
-    settled += _leases(ctx, writing)
+    settled += _expire_leases(ctx, writing)
     if writing:
         # Compare again what those two steps changed. The other results stay valid.
         now = overview.read_generations(ctx.records)
@@ -153,14 +153,14 @@ def _run(ctx: Context, apply: bool, adopt_cluster: bool, known_vms: KnownVms | N
             changed |= {uuid for uuid, drift in drifts.items() if drift.repair and uuid in now}
         again: dict[str, Drift] = {}
         if changed:
-            ctx.cluster.vms(fresh=True)
+            ctx.cluster.list_vms(fresh=True)
             records = [sandbox for sandbox in ctx.records.find_all() if sandbox.uuid in changed]
-            again, _more = _survey(ctx, records, looks, None, unrecorded=False)
+            again, _more = _survey_records(ctx, records, looks, None, unrecorded=False)
         drifts = {uuid: drift for uuid, drift in drifts.items() if uuid in now and uuid not in changed} | again
         for drift in drifts.values():
-            _apply(drift)
+            _apply_drift(drift)
         looks.store_addresses()
-    settled += _workspaces(ctx, writing)
+    settled += _finish_workspaces(ctx, writing)
     return settled + list(drifts.values()) + unrecorded
 
 
@@ -178,11 +178,13 @@ def finish_own_files(ctx: Context) -> list[Drift]:
     remaining = overview.list_waiting_for_snippet(ctx.records, holders.read_host_name())
     if not remaining:
         return drifts
-    differences, _unrecorded_vms = _survey(ctx, remaining, address.Looks(ctx, remaining), None, unrecorded=False)
+    differences, _unrecorded_vms = _survey_records(
+        ctx, remaining, address.Looks(ctx, remaining), None, unrecorded=False
+    )
     absent = [drift for drift in differences.values() if drift.kind in _ABSENT]
     _refuse_mass_absence(ctx, absent, len(ctx.records.find_all()))
     for drift in absent:
-        _apply(drift)
+        _apply_drift(drift)
     return drifts + absent
 
 
@@ -199,10 +201,10 @@ def _refuse_mass_absence(ctx: Context, drifts: list[Drift], live: int) -> None:
         )
 
 
-def _workspaces(ctx: Context, writing: bool) -> list[Drift]:
+def _finish_workspaces(ctx: Context, writing: bool) -> list[Drift]:
     """Finish or undo the operations of killed runs on workspaces, and free the workspaces of destroyed sandboxes."""
     drifts = []
-    for disk in workspace_disk.unfinished(ctx):
+    for disk in workspace_disk.list_unfinished(ctx):
         drift = Drift("workspace", "finish or undo it", {"workspace": disk.name, "state": disk.state}, vmid=disk.vmid)
         if writing:
             try:
@@ -214,7 +216,7 @@ def _workspaces(ctx: Context, writing: bool) -> list[Drift]:
     return drifts
 
 
-def _survey(
+def _survey_records(
     ctx: Context,
     records: list[Sandbox],
     looks: address.Looks,
@@ -234,12 +236,12 @@ def _survey(
 
     def compare(sandbox: Sandbox) -> Drift | None:
         if known_vms is None:
-            return _compare(ctx, sandbox, rows, proofs, looks)
+            return _compare_sandbox(ctx, sandbox, rows, proofs, looks)
         row, now = rows.get(sandbox.vmid), ctx.clock.since_boot()
         if row is not None and not looks.has_chosen(sandbox) and known_vms.covers(sandbox, row, now):
             node = str(row.get("node"))
-            return None if ctx.cluster.node_online(node) else Drift("node_offline", "none", {"node": node}, sandbox)
-        drift = _compare(ctx, sandbox, rows, proofs, looks)
+            return None if ctx.cluster.is_node_online(node) else Drift("node_offline", "none", {"node": node}, sandbox)
+        drift = _compare_sandbox(ctx, sandbox, rows, proofs, looks)
         if drift is None and sandbox.smbios_uuid is not None:
             known_vms.note(sandbox, now)
         return drift
@@ -257,7 +259,7 @@ def _survey(
     return drifts, _find_unrecorded(ctx, rows, [sandbox for sandbox in records if sandbox.uuid not in reused])
 
 
-def _apply(drift: Drift) -> None:
+def _apply_drift(drift: Drift) -> None:
     if drift.repair is None:
         return
     try:
@@ -267,7 +269,7 @@ def _apply(drift: Drift) -> None:
         drift.error = error.message
 
 
-def _leases(ctx: Context, apply: bool) -> list[Drift]:
+def _expire_leases(ctx: Context, apply: bool) -> list[Drift]:
     """Return the drift of expired leases, and expire them with ``apply``. A running daemon does this by itself."""
     if not apply:
         pause_reason = timeguard.suspended(ctx)
@@ -293,7 +295,7 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
             _add_note({"previous_state": outcome.previous_state}, outcome.message),
             outcome.sandbox,
             applied=True,
-            error=_failure_of(outcome.message),
+            error=_explain_failure(outcome.message),
         )
         for outcome in passed.expired
     ]
@@ -318,21 +320,21 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
             "stop",
             _add_note({}, problem),
             sandbox,
-            applied=_failure_of(problem) is None and problem != lease.UNDER_WAY,
-            error=_failure_of(problem),
+            applied=_explain_failure(problem) is None and problem != lease.UNDER_WAY,
+            error=_explain_failure(problem),
         )
         for sandbox, problem in lease.stop_leftovers(ctx, known)
     ]
     return drifts
 
 
-def _failure_of(problem: str | None) -> str | None:
+def _explain_failure(problem: str | None) -> str | None:
     """Return why a VM could not be stopped; None when this pass settles it, or another run is stopping it."""
     return None if problem in (lease.NO_VM, lease.ANOTHER_VM, lease.UNDER_WAY) else problem
 
 
 def _add_note(evidence: dict[str, Any], problem: str | None) -> dict[str, Any]:
-    return {**evidence, "note": problem} if problem is not None and _failure_of(problem) is None else evidence
+    return {**evidence, "note": problem} if problem is not None and _explain_failure(problem) is None else evidence
 
 
 def _finish_interrupted(ctx: Context, only: set[str] | None = None) -> list[Drift]:
@@ -468,19 +470,19 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
         )
 
 
-def _compare(
+def _compare_sandbox(
     ctx: Context, sandbox: Sandbox, rows: dict[int, dict[str, Any]], proofs: dict[int, Any], looks: address.Looks
 ) -> Drift | None:
     if sandbox.smbios_uuid is None:
-        return _stale_creation(ctx, sandbox)
+        return _find_stale_creation(ctx, sandbox)
     row = rows.get(sandbox.vmid)
     if row is None:
         proof = proofs.get(sandbox.vmid)
         if proof is None or not proof.absent:
             return Drift("unknown", "none", {"why": proof.why if proof else "not in the list"}, sandbox)
-        return _absence_drift(ctx, sandbox, "absent", proof.evidence)
+        return _find_absence_drift(ctx, sandbox, "absent", proof.evidence)
     node = str(row.get("node"))
-    if not ctx.cluster.node_online(node):
+    if not ctx.cluster.is_node_online(node):
         return Drift("node_offline", "none", {"node": node}, sandbox)
     try:
         located = locate(ctx, sandbox)
@@ -491,13 +493,13 @@ def _compare(
     if located.verdict is None:
         return Drift("unknown", "none", {"why": "it vanished from the list while it was looked at"}, sandbox)
     if located.verdict.identity == identity.FOREIGN:
-        return _absence_drift(ctx, sandbox, "vmid_reused", located.verdict.evidence)
+        return _find_absence_drift(ctx, sandbox, "vmid_reused", located.verdict.evidence)
     if located.verdict.identity == identity.UNKNOWN:
         return Drift("locked", "none", located.verdict.evidence, sandbox)
     if not located.match:
         return Drift("ambiguous", "none", located.verdict.evidence, sandbox)
     try:
-        drift = _power_drift(ctx, sandbox, located)
+        drift = _find_power_drift(ctx, sandbox, located)
     except ProxmoxError as error:
         # The VM may have vanished, or its node stopped answering, since the list was read. Report this sandbox as
         # unknown and continue with the others.
@@ -510,10 +512,10 @@ def _compare(
             # partition.
             return Drift("unknown", "none", {**drift.evidence, "why": error.message}, sandbox)
         return drift
-    return _address_drift(ctx, sandbox, looks.look_up(sandbox, located))
+    return _find_address_drift(ctx, sandbox, looks.look_up(sandbox, located))
 
 
-def _address_drift(ctx: Context, sandbox: Sandbox, ip: str | None) -> Drift | None:
+def _find_address_drift(ctx: Context, sandbox: Sandbox, ip: str | None) -> Drift | None:
     """Return the drift when the guest reports another address than the record has, else None."""
     if ip is None or sandbox.ip in (None, ip):
         # Looks.remember stores a first address. Only a different address is drift.
@@ -523,11 +525,11 @@ def _address_drift(ctx: Context, sandbox: Sandbox, ip: str | None) -> Drift | No
         f"address updated to {ip}",
         {"ip": ip, "was": sandbox.ip},
         sandbox,
-        repair=_amending(ctx, sandbox, ip=ip, ip_seen_at=ctx.clock.now()),
+        repair=_make_amendment(ctx, sandbox, ip=ip, ip_seen_at=ctx.clock.now()),
     )
 
 
-def _absence_drift(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any]) -> Drift:
+def _find_absence_drift(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any]) -> Drift:
     """Return the drift of an absent VM. The first pass notes the absence; the second in a row marks it DESTROYED."""
     if kind == "absent" and sandbox.absent_seen_at is None:
         return Drift(
@@ -535,7 +537,7 @@ def _absence_drift(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str
             "noted; DESTROYED if it is absent in the next pass too",
             evidence,
             sandbox,
-            repair=_amending(ctx, sandbox, absent_seen_at=ctx.clock.now()),
+            repair=_make_amendment(ctx, sandbox, absent_seen_at=ctx.clock.now()),
         )
 
     def mark() -> None:
@@ -559,30 +561,30 @@ def _absence_drift(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str
     return Drift(kind, "DESTROYED", evidence, sandbox, repair=mark)
 
 
-def _power_drift(ctx: Context, sandbox: Sandbox, located: Located) -> Drift | None:
+def _find_power_drift(ctx: Context, sandbox: Sandbox, located: Located) -> Drift | None:
     evidence: dict[str, Any] = {"node": located.node, "vm_status": located.row.get("status")}
-    vm_state = _vm_state(ctx, sandbox, located)
+    vm_state = _read_vm_state(ctx, sandbox, located)
     if vm_state is not None:
         evidence["vm_status"] = "hibernated" if is_hibernated(located.config) else vm_state.lower()
     if sandbox.state in states.POWERED and vm_state == states.STOPPED:
-        explained = _stop_task(ctx, sandbox, str(located.node))
+        explained = _find_stop_task(ctx, sandbox, str(located.node))
         evidence.update(stop_task=explained)
         target = states.STOPPED
         if not explained:
-            hidden = _hidden_tasks(ctx, str(located.node))
+            hidden = _explain_hidden_tasks(ctx, str(located.node))
             # FAILED claims that nobody stopped the VM. If tasks may be hidden, only "stopped" is certain.
             target = states.STOPPED if hidden else states.FAILED
             if hidden:
                 evidence["why"] = hidden
         return Drift(
-            "stopped", target, evidence, sandbox, repair=_moving(ctx, sandbox, target, evidence, node=located.node)
+            "stopped", target, evidence, sandbox, repair=_make_move(ctx, sandbox, target, evidence, node=located.node)
         )
     if vm_state == states.STOPPED and sandbox.state == states.SUSPENDED:
-        return Drift("stopped", vm_state, evidence, sandbox, repair=_follow_vm(ctx, sandbox, vm_state, located))
+        return Drift("stopped", vm_state, evidence, sandbox, repair=_make_follow(ctx, sandbox, vm_state, located))
     if vm_state == states.SUSPENDED and sandbox.state in (*states.POWERED, states.STOPPED):
-        return Drift("suspended", vm_state, evidence, sandbox, repair=_follow_vm(ctx, sandbox, vm_state, located))
+        return Drift("suspended", vm_state, evidence, sandbox, repair=_make_follow(ctx, sandbox, vm_state, located))
     if vm_state == states.RUNNING and sandbox.state == states.SUSPENDED:
-        return Drift("running", vm_state, evidence, sandbox, repair=_follow_vm(ctx, sandbox, vm_state, located))
+        return Drift("running", vm_state, evidence, sandbox, repair=_make_follow(ctx, sandbox, vm_state, located))
     if located.node != sandbox.node:
         evidence["was"] = sandbox.node
         return Drift(
@@ -590,11 +592,11 @@ def _power_drift(ctx: Context, sandbox: Sandbox, located: Located) -> Drift | No
             f"node updated to {located.node}",
             evidence,
             sandbox,
-            repair=_amending(ctx, sandbox, node=located.node),
+            repair=_make_amendment(ctx, sandbox, node=located.node),
         )
     if sandbox.absent_seen_at is not None:
         return Drift(
-            "back", "absence note removed", evidence, sandbox, repair=_amending(ctx, sandbox, absent_seen_at=None)
+            "back", "absence note removed", evidence, sandbox, repair=_make_amendment(ctx, sandbox, absent_seen_at=None)
         )
     if sandbox.state == states.STOPPED and vm_state == states.RUNNING:
         return Drift(
@@ -606,7 +608,7 @@ def _power_drift(ctx: Context, sandbox: Sandbox, located: Located) -> Drift | No
     return None
 
 
-def _vm_state(ctx: Context, sandbox: Sandbox, located: Located) -> str | None:
+def _read_vm_state(ctx: Context, sandbox: Sandbox, located: Located) -> str | None:
     """Return the power state that the VM itself reports, where the list disagrees with the record. The list lags.
 
     None where list and record agree, or where the record's state says nothing about power.
@@ -625,7 +627,7 @@ def _vm_state(ctx: Context, sandbox: Sandbox, located: Located) -> str | None:
         return None
 
 
-def _follow_vm(ctx: Context, sandbox: Sandbox, vm_state: str, located: Located) -> Callable[[], None]:
+def _make_follow(ctx: Context, sandbox: Sandbox, vm_state: str, located: Located) -> Callable[[], None]:
     def work() -> None:
         with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
             if (current.state, current.generation) != (sandbox.state, sandbox.generation):
@@ -635,14 +637,16 @@ def _follow_vm(ctx: Context, sandbox: Sandbox, vm_state: str, located: Located) 
     return work
 
 
-def _amending(ctx: Context, sandbox: Sandbox, **values: Any) -> Callable[[], None]:
+def _make_amendment(ctx: Context, sandbox: Sandbox, **values: Any) -> Callable[[], None]:
     def work() -> None:
         ctx.records.amend(sandbox, "reconcile", **values)
 
     return work
 
 
-def _moving(ctx: Context, sandbox: Sandbox, target: str, evidence: dict[str, Any], **values: Any) -> Callable[[], None]:
+def _make_move(
+    ctx: Context, sandbox: Sandbox, target: str, evidence: dict[str, Any], **values: Any
+) -> Callable[[], None]:
     def work() -> None:
         with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
             if (current.state, current.generation) != (sandbox.state, sandbox.generation):
@@ -654,7 +658,7 @@ def _moving(ctx: Context, sandbox: Sandbox, target: str, evidence: dict[str, Any
     return work
 
 
-def _stop_task(ctx: Context, sandbox: Sandbox, node: str) -> str | None:
+def _find_stop_task(ctx: Context, sandbox: Sandbox, node: str) -> str | None:
     """Return the task that explains why the VM is stopped, or None.
 
     That is the newest start or stop task since the state was entered, if it is a stop.
@@ -672,25 +676,25 @@ def _stop_task(ctx: Context, sandbox: Sandbox, node: str) -> str | None:
     return None
 
 
-def _hidden_tasks(ctx: Context, node: str) -> str | None:
+def _explain_hidden_tasks(ctx: Context, node: str) -> str | None:
     """Return why other users' tasks may be hidden, so that a missing task proves nothing; None if all are visible."""
     path = f"/nodes/{node}"
     try:
-        if ctx.cluster.holds(path, "Sys.Audit"):
+        if ctx.cluster.has_privilege(path, "Sys.Audit"):
             return None
     except ProxmoxError as error:
         return f"whether these credentials may see the tasks of others is not known: {error.message}"
     return f"these credentials see only their own tasks; grant Sys.Audit on {path} to tell a stop from a crash"
 
 
-def _stale_creation(ctx: Context, sandbox: Sandbox) -> Drift | None:
+def _find_stale_creation(ctx: Context, sandbox: Sandbox) -> Drift | None:
     """Return the drift of a creation without journal and claim: no run works on it, so it becomes FAILED."""
     if sandbox.state not in states.CREATING:
         return None
     if ctx.records.is_worked_on(sandbox.uuid):
         return None
     evidence = {"why": "no creation is under way"}
-    return Drift("stale", states.FAILED, evidence, sandbox, repair=_moving(ctx, sandbox, states.FAILED, evidence))
+    return Drift("stale", states.FAILED, evidence, sandbox, repair=_make_move(ctx, sandbox, states.FAILED, evidence))
 
 
 def _find_unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbox]) -> list[Drift]:
@@ -714,8 +718,8 @@ def _find_unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[S
             config = ctx.client.get_dict(f"nodes/{row.get('node')}/qemu/{vmid}/config")
         except ProxmoxError:
             return None
-        marks = identity.markers(config)
-        other_databases = identity.other_databases(config, database)
+        marks = identity.read_markers(config)
+        other_databases = identity.read_other_databases(config, database)
         if other_databases and not _is_in_range(ctx, vmid):
             # The other database has its record. Inside our range no other VM is expected, and our records may be lost.
             return None

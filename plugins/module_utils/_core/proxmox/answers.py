@@ -57,7 +57,7 @@ _NEEDS = {
 }
 
 
-def changed(text: str) -> bool:
+def is_config_changed(text: str) -> bool:
     """Return whether the text says that the configuration has changed since the digest.
 
     Some releases write "mismatch" with two s.
@@ -65,22 +65,22 @@ def changed(text: str) -> bool:
     return re.search("checksum miss?match", text) is not None
 
 
-def not_begun(text: str) -> bool:
+def is_not_begun(text: str) -> bool:
     """Return whether the text says that Proxmox did not begin: no worker started, or a lock not acquired."""
     return any(part in text for part in _NOT_BEGUN)
 
 
-def storage_full(text: str) -> bool:
+def is_storage_full(text: str) -> bool:
     """Return whether a text of Proxmox or of a task's log says that a storage is full."""
     return _FULL.search(_WARNED_ALWAYS.sub("", text)) is not None
 
 
-def room_advice(text: str) -> str:
+def advise_on_room(text: str) -> str:
     """Return the remedy if a text of Proxmox or of a task's log reports a full storage; "" otherwise."""
-    return "; the storage is full: free space there, then run again" if storage_full(text) else ""
+    return "; the storage is full: free space there, then run again" if is_storage_full(text) else ""
 
 
-def template_of(path: str) -> str:
+def name_kind(path: str) -> str:
     """Return the kind of a request for counting: its path with names and numbers replaced."""
     path = re.sub(r"/tasks/[^/]+", "/tasks/{upid}", path)
     path = re.sub(r"^nodes/[^/]+", "nodes/{node}", path)
@@ -97,7 +97,7 @@ def clean(text: object, settings: ProxmoxSettings | None = None) -> str:
     return line[:_LONGEST_TEXT]
 
 
-def no_descriptor(path: str) -> Unreachable:
+def make_descriptor_error(path: str) -> Unreachable:
     """Return the error for a request that was not sent because no file descriptor is left."""
     return Unreachable(
         "this process has no file descriptor left; Proxmox was not asked. Raise its limit (ulimit -n; "
@@ -106,39 +106,40 @@ def no_descriptor(path: str) -> Unreachable:
     )
 
 
-def unanswered(method: str, path: str, settings: ProxmoxSettings) -> OutcomeUnknown:
+def make_timeout_error(method: str, path: str, settings: ProxmoxSettings) -> OutcomeUnknown:
     """Return the error for a request without an answer within api_timeout."""
     return OutcomeUnknown(
         f"{method} /{path} on {settings.where}: no answer within {settings.api_timeout} s (api_timeout); "
-        f"{became_of(method)}. Look at pveproxy and at the load of the node, or raise api_timeout; then run again",
+        f"{describe_outcome(method)}. Look at pveproxy and at the load of the node, or raise api_timeout; then run "
+        "again",
         method=method,
         path=path,
         timed_out=True,
     )
 
 
-def from_guest(path: str) -> bool:
+def is_from_guest(path: str) -> bool:
     """Return whether the answer to a request to this path comes from the guest agent of a VM, through Proxmox."""
     return _AGENT.match(path) is not None
 
 
-def guest_nonsense(method: str, path: str, settings: ProxmoxSettings) -> OutcomeUnknown:
+def make_guest_error(method: str, path: str, settings: ProxmoxSettings) -> OutcomeUnknown:
     """Return the error for an answer of a guest that is too large or too deep. Proxmox only passed it on."""
     return OutcomeUnknown(
         f"{method} /{path} on {settings.where}: the answer of the guest is larger or nested deeper than any that a "
-        f"guest agent sends, so it was not read; {became_of(method)}. Look at qemu-guest-agent in the guest",
+        f"guest agent sends, so it was not read; {describe_outcome(method)}. Look at qemu-guest-agent in the guest",
         method=method,
         path=path,
         guest=True,
     )
 
 
-def became_of(method: str) -> str:
+def describe_outcome(method: str) -> str:
     """Return the sentence on the outcome of a request without an answer. A read changes nothing in any case."""
     return "nothing was changed" if method == "GET" else "whether it was carried out is not known"
 
 
-def too_deep(data: Any) -> bool:
+def is_too_deep(data: Any) -> bool:
     """Return whether objects and lists are nested deeper than in any answer of Proxmox."""
     level = [data]
     for _depth in range(DEEPEST_ANSWER):
@@ -153,7 +154,7 @@ def too_deep(data: Any) -> bool:
     return True
 
 
-def failure(
+def make_error(
     method: str, path: str, settings: ProxmoxSettings, status: int, text: str, params: dict[str, Any]
 ) -> ProxmoxError:
     """Return the error for an answer with an error status.
@@ -177,15 +178,16 @@ def failure(
         )
     if status == 403:
         return AccessDenied(
-            f"{where}: {settings.login} may not do that ({refusal}); {_grant(method, path, text, params)}", **facts
+            f"{where}: {settings.login} may not do that ({refusal}); {_advise_on_grant(method, path, text, params)}",
+            **facts,
         )
     node = path.split("/", 2)[1] if path.startswith("nodes/") else ""
     if status in _NOT_DELIVERED:
         return Unreachable(f"{where}: the node does not answer ({status} {text or 'no route to the node'})", **facts)
     if status in _FOREIGN_PROXY:
         return OutcomeUnknown(
-            f"{where}: a proxy between here and Proxmox answers {refusal}; {became_of(method)}. Look at pveproxy, "
-            "then run again",
+            f"{where}: a proxy between here and Proxmox answers {refusal}; {describe_outcome(method)}. Look at "
+            "pveproxy, then run again",
             **facts,
         )
     if status in _UNKNOWN:
@@ -195,17 +197,17 @@ def failure(
                 "Look at pveproxy and the load there, then run again",
                 **facts,
             )
-        return OutcomeUnknown(f"{where}: {became_of(method)} ({refusal})", **facts)
+        return OutcomeUnknown(f"{where}: {describe_outcome(method)} ({refusal})", **facts)
     if method != "GET" and "/etc/pve/" in text and "Permission denied" in text:
         # Without quorum the cluster file system is read-only, whatever privileges the user has.
         refusal += (
             "; the cluster takes no changes, most likely because it has no quorum. Look at pvecm status, then run again"
         )
-    return ApiError(f"{where}: {refusal}{room_advice(text)}", **facts)
+    return ApiError(f"{where}: {refusal}{advise_on_room(text)}", **facts)
 
 
-def _grant(method: str, path: str, text: str, params: dict[str, Any]) -> str:
-    kind = f"{method} {template_of(path)}"
+def _advise_on_grant(method: str, path: str, text: str, params: dict[str, Any]) -> str:
+    kind = f"{method} {name_kind(path)}"
     # Proxmox does not always name the missing privilege.
     if re.search(r"\b(VM|SDN|Sys|Datastore|Pool)\.\w+", text) and kind not in (
         "GET nodes/{node}/qemu/{vmid}/config",

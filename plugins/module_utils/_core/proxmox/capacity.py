@@ -91,7 +91,7 @@ def parse(rows: Iterable[dict[str, Any]]) -> Capacity:
     return capacity
 
 
-def bridges(client: ProxmoxClient, node: str) -> frozenset[str] | None:
+def read_bridges(client: ProxmoxClient, node: str) -> frozenset[str] | None:
     """Return the bridges and vnets of a node; None when these credentials may see none of them."""
     try:
         rows = client.get_list(f"nodes/{node}/network", type="any_bridge")

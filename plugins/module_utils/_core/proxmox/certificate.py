@@ -45,7 +45,7 @@ def explain(settings: ProxmoxSettings, text: str) -> str | None:
         )
     if not _DATES.search(text):
         return None
-    problem = _date_problem(_read_certificate(settings))
+    problem = _find_date_problem(_read_certificate(settings))
     if problem is not None and problem.startswith("is not valid"):
         return (
             f"{of_node} {problem}: check the date of this host (timedatectl); where that is right, set the date of "
@@ -53,7 +53,7 @@ def explain(settings: ProxmoxSettings, text: str) -> str | None:
         )
     if problem is None:
         for authority in _read_authorities(settings.ca_path):
-            problem = _date_problem(authority)
+            problem = _find_date_problem(authority)
             if problem is not None:
                 return (
                     f"{of_node} cannot be verified: the CA certificate in {settings.ca_path} {problem}. Copy the "
@@ -65,7 +65,7 @@ def explain(settings: ProxmoxSettings, text: str) -> str | None:
     )
 
 
-def _date_problem(certificate: bytes) -> str | None:
+def _find_date_problem(certificate: bytes) -> str | None:
     """Return which date of a certificate (DER) is not met now, or None."""
     dates = _VALIDITY.search(certificate)
     if dates is None:

@@ -36,7 +36,7 @@ from typing import Any, Protocol
 from ..clock import Clock
 from ..config import ProxmoxSettings
 from ..errors import AccessDenied, ApiError, OutcomeUnknown, ProxmoxError, Unreachable
-from .answers import from_guest, not_begun, template_of
+from .answers import is_from_guest, is_not_begun, name_kind
 
 _RETRIES = 3
 _NODE_AUTHORITY = "/etc/pve/pve-root-ca.pem"
@@ -79,7 +79,7 @@ class Statistics:
         # The last refusal of the credentials themselves (401); None once a request was accepted.
         self.refused: str | None = None
 
-    def failed(self, error: ProxmoxError) -> None:
+    def count_failure(self, error: ProxmoxError) -> None:
         self.errors[_KINDS.get(error.code, "task")] += 1
         if isinstance(error, (Unreachable, OutcomeUnknown)):
             self.reachable, self.last_error = False, error.message
@@ -92,7 +92,7 @@ class Statistics:
                 # A privilege is missing, so the credentials themselves were accepted.
                 self.refused = None
 
-    def answered(self) -> None:
+    def note_answer(self) -> None:
         """Record that Proxmox was reached, even if the answer is a refusal."""
         self.reachable, self.last_error, self.refused = True, None, None
 
@@ -127,13 +127,13 @@ class ProxmoxClient:
                     # A new object for each caller, because callers add to the detail.
                     raise AccessDenied(refusal.message, **refusal.detail)
                 try:
-                    self._api = self._open()
+                    self._api = self._open_transport()
                 except AccessDenied as error:
                     self._refusal = error, self.clock.monotonic()
                     raise
             return self._api
 
-    def _open(self) -> Transport:
+    def _open_transport(self) -> Transport:
         # Imported here because each of them is large, and a module needs only one.
         if self.settings.api_host is None:
             from .pvesh import Pvesh
@@ -156,7 +156,7 @@ class ProxmoxClient:
         """Return whether a request to this path would show its parameters in a process list (pvesh, another node)."""
         return self._connect().shows_input(path)
 
-    def trusted_authority(self) -> str | None:
+    def read_trusted_authority(self) -> str | None:
         """Return the SHA-256 fingerprint of the only authority whose cluster can answer, in Proxmox's form.
 
         Over https that is the certificate in ca_path. pvesh asks the node's own cluster, whose authority is a file
@@ -218,28 +218,28 @@ class ProxmoxClient:
         try:
             api = self._connect()
         except ProxmoxError as error:
-            self.statistics.failed(error)
+            self.statistics.count_failure(error)
             raise
         attempt = 0
         logins = 0
         began = self.clock.monotonic()
         while True:
             attempt += 1
-            self.requests[f"{method} {template_of(path)}"] += 1
+            self.requests[f"{method} {name_kind(path)}"] += 1
             self._mine.requests_sent = self.requests_sent + 1
             try:
-                with self._place(path):
+                with self._hold_place(path):
                     if self.before_change is not None and method != "GET":
                         self.before_change()
                     answer = api.send(method, path, params)
-                self.statistics.answered()
+                self.statistics.note_answer()
                 return answer
             except ProxmoxError as error:
                 if _is_answer(path, error):
-                    self.statistics.answered()
+                    self.statistics.note_answer()
                 else:
-                    self.statistics.failed(error)
-                if self._ticket_ended(error) and not logins:
+                    self.statistics.count_failure(error)
+                if self._is_ticket_ended(error) and not logins:
                     # A ticket lives for two hours, or less when the node's key is renewed. A request with 401 was not
                     # carried out, so log in and repeat it once.
                     logins += 1
@@ -257,7 +257,7 @@ class ProxmoxClient:
                     raise
             self.clock.sleep(pause)
 
-    def _ticket_ended(self, error: ProxmoxError) -> bool:
+    def _is_ticket_ended(self, error: ProxmoxError) -> bool:
         by_password = self.settings.api_host is not None and self.settings.token_name is None
         return by_password and isinstance(error, AccessDenied) and error.status == 401
 
@@ -273,7 +273,7 @@ class ProxmoxClient:
         The thread's requests within the block follow each other directly and wait for no other thread.
         """
         began = self.clock.monotonic()
-        with self._place(path):
+        with self._hold_place(path):
             before, self._mine.has_place = getattr(self._mine, "has_place", False), True
             try:
                 yield self.clock.monotonic() - began
@@ -281,7 +281,7 @@ class ProxmoxClient:
                 self._mine.has_place = before
 
     @contextlib.contextmanager
-    def _place(self, path: str) -> Iterator[None]:
+    def _hold_place(self, path: str) -> Iterator[None]:
         """Wait for one of the ``connections`` places, and one of the node's ``node_connections`` places.
 
         Each request ends within api_timeout, so the wait is bounded.
@@ -290,10 +290,10 @@ class ProxmoxClient:
             yield
             return
         # Take the node's place first: a thread that waits for a slow node then occupies no common place.
-        with self._turn(path), self._places:
+        with self._find_turn(path), self._places:
             yield
 
-    def _turn(self, path: str) -> contextlib.AbstractContextManager[Any]:
+    def _find_turn(self, path: str) -> contextlib.AbstractContextManager[Any]:
         limit, parts = self.settings.node_connections, path.split("/", 2)
         if limit is None or parts[0] != "nodes" or len(parts) < 2:
             return contextlib.nullcontext()
@@ -316,7 +316,7 @@ class ProxmoxClient:
             config.get("digest") != params.get("digest")
             and not any(name in config for name in removed)
             and all(
-                _parts(config.get(name)) == _parts(value)
+                _split_value(config.get(name)) == _split_value(value)
                 for name, value in params.items()
                 if value is not None and name not in ("digest", "delete")
             )
@@ -333,10 +333,10 @@ def _is_answer(path: str, error: ProxmoxError) -> bool:
         return True
     if not isinstance(error, ApiError) or isinstance(error, AccessDenied):
         return False
-    return path == "cluster/nextid" or (error.status == 500 and from_guest(path))
+    return path == "cluster/nextid" or (error.status == 500 and is_from_guest(path))
 
 
-def _parts(value: Any) -> list[str]:
+def _split_value(value: Any) -> list[str]:
     # Proxmox reorders the parts of a property string, and ends descriptions with a line feed.
     return sorted(str(value).rstrip("\n").split(","))
 
@@ -349,7 +349,7 @@ def _may_retry(method: str, path: str, error: ProxmoxError) -> bool:
     first. A lost answer is retried only for a read, and not after a timeout, which would double the wait.
     """
     if isinstance(error, ApiError):
-        return not_begun(error.text) and (method == "GET" or not _UNGUARDED.search(path))
+        return is_not_begun(error.text) and (method == "GET" or not _UNGUARDED.search(path))
     if method != "GET":
         return False
     return isinstance(error, OutcomeUnknown) and not error.detail.get("timed_out") and not error.detail.get("guest")

@@ -71,14 +71,14 @@ class Cluster:
 
     # ---- nodes and quorum ----
 
-    def _status_rows(self) -> list[dict[str, Any]]:
+    def _read_status_rows(self) -> list[dict[str, Any]]:
         with self._lock:
             if self._status is None or self._clock.monotonic() - self._status[0] > _STATUS_SECONDS:
                 rows = self._client.get_list("cluster/status")
                 self._status = (self._clock.monotonic(), rows)
             return self._status[1]
 
-    def _quorum_row(self) -> dict[str, Any]:
+    def _read_quorum_row(self) -> dict[str, Any]:
         """Return the row ``quorum`` of the HA manager's status, which is live on the node that answers."""
         with self._lock:
             if self._quorum is None or self._clock.monotonic() - self._quorum[0] > _STATUS_SECONDS:
@@ -98,7 +98,7 @@ class Cluster:
         ``GET /cluster/status`` cannot be used: pvedaemon caches it, and its value may be wrong for minutes. The HA
         manager's row is right within two seconds, with and without HA resources. A node outside any cluster has it too.
         """
-        row = self._quorum_row()
+        row = self._read_quorum_row()
         if str(row.get("quorate")) not in ("1", "True", "true"):
             raise Kept(
                 "unknown",
@@ -107,23 +107,25 @@ class Cluster:
             )
         return {"quorum": "quorate", "node": row.get("node"), "status": str(row.get("status"))[:200]}
 
-    def node_online(self, node: str) -> bool:
+    def is_node_online(self, node: str) -> bool:
         """Return False only when the cluster reports the node as offline."""
-        row = next((row for row in self._status_rows() if row.get("type") == "node" and row.get("name") == node), None)
+        row = next(
+            (row for row in self._read_status_rows() if row.get("type") == "node" and row.get("name") == node), None
+        )
         return row is None or str(row.get("online", 1)) in ("1", "True", "true")
 
-    def nodes(self) -> dict[str, bool]:
+    def list_nodes(self) -> dict[str, bool]:
         """Return {node name: whether the node is online}."""
         return {
             str(row.get("name")): str(row.get("online", 1)) in ("1", "True", "true")
-            for row in self._status_rows()
+            for row in self._read_status_rows()
             if row.get("type") == "node"
         }
 
     # ---- which cluster ----
 
-    def _identity(self) -> dict[str, Any]:
-        rows = self._status_rows()
+    def _read_identity(self) -> dict[str, Any]:
+        rows = self._read_status_rows()
         cluster = next((row.get("name") for row in rows if row.get("type") == "cluster"), None)
         nodes = sorted(str(row.get("name")) for row in rows if row.get("type") == "node")
         local = next(
@@ -166,11 +168,11 @@ class Cluster:
                     "concluded from this one; run agentlab_reconcile with adopt_cluster=true once, when this is the "
                     "right cluster",
                 )
-            if known and known["authority"] and known["authority"] == self._client.trusted_authority():
+            if known and known["authority"] and known["authority"] == self._client.read_trusted_authority():
                 # The connection itself is the proof: only nodes signed by that cluster's authority are accepted.
                 self._confirmed = True
                 return
-            actual = self._identity()
+            actual = self._read_identity()
             if known is None:
                 if not creating:
                     raise Kept(
@@ -196,9 +198,10 @@ class Cluster:
                 if not same:
                     raise Kept(
                         "unknown",
-                        f"this is not the cluster these records belong to (they know {_title(known)}, api_host leads "
-                        f"to {_title(actual)}); correct api_host or database; if it is the same cluster with a new "
-                        "certificate authority, or a node that joined one, run agentlab_reconcile with "
+                        f"this is not the cluster these records belong to (they know {_format_identity(known)}, "
+                        f"api_host leads to {_format_identity(actual)}); correct api_host or database; if it is the "
+                        "same cluster with a new certificate authority, or a node that joined one, run "
+                        "agentlab_reconcile with "
                         "adopt_cluster=true once",
                     )
                 if known != actual and actual["authority"]:
@@ -207,10 +210,10 @@ class Cluster:
 
     def adopt(self) -> None:
         """Store this cluster as the cluster of the records, because the operator says so."""
-        self._records.set_meta("cluster", json.dumps(self._identity()))
+        self._records.set_meta("cluster", json.dumps(self._read_identity()))
         self._confirmed = True
 
-    def seen_ours(self, vmid: int) -> None:
+    def note_own_vm(self, vmid: int) -> None:
         """Note that a VM on this cluster was proven to be ours.
 
         In this run, its own absence later needs no other proof of the right cluster. Absences of other VMs do: a single
@@ -220,25 +223,25 @@ class Cluster:
 
     # ---- the list ----
 
-    def vms(self, *, fresh: bool = False) -> dict[int, dict[str, Any]]:
+    def list_vms(self, *, fresh: bool = False) -> dict[int, dict[str, Any]]:
         """Return all visible VMs and containers by VMID. A hint where to look, never a reason to act."""
         with self._lock:
             if self._vms is None or fresh:
-                self._vms = _by_vmid(self._client.get_list("cluster/resources", type="vm"))
+                self._vms = _index_by_vmid(self._client.get_list("cluster/resources", type="vm"))
             return self._vms
 
-    def capacity(self) -> Capacity:
+    def read_capacity(self) -> Capacity:
         """Return resources and load of the nodes. The same request also reads the list of all VMs."""
         from .capacity import parse
 
         with self._lock:
             if self._capacity is None:
                 rows = self._client.get_list("cluster/resources")
-                self._vms = _by_vmid([row for row in rows if row.get("type") in ("qemu", "lxc")])
+                self._vms = _index_by_vmid([row for row in rows if row.get("type") in ("qemu", "lxc")])
                 self._capacity = parse(rows)
             return self._capacity
 
-    def cpus(self, node: str) -> int | None:
+    def count_cpus(self, node: str) -> int | None:
         """Return the number of CPUs of a node; None when these credentials may not see it (Sys.Audit on the node)."""
         from .capacity import parse
 
@@ -264,7 +267,7 @@ class Cluster:
         evidence = {"quorum": "quorate", "status": f"the cluster took the delete of VM {vmid} (task {upid})"}
         self._deleted[vmid] = self._clock.monotonic(), evidence
 
-    def _quorum_of_delete(self, vmid: int) -> dict[str, Any] | None:
+    def _find_quorum_of_delete(self, vmid: int) -> dict[str, Any] | None:
         """Return the evidence of quorum from a VM's own recent delete, or None."""
         at, evidence = self._deleted.get(vmid, (0.0, None))
         return evidence if self._clock.monotonic() - at <= _STATUS_SECONDS else None
@@ -280,9 +283,9 @@ class Cluster:
         """Return the list's row of that VMID, or None. Like the list, it is a hint where to look."""
         if self._vms is None and not fresh and vmid in self._expected:
             return self._expected[vmid]
-        return self.vms(fresh=fresh).get(vmid)
+        return self.list_vms(fresh=fresh).get(vmid)
 
-    def known(self) -> tuple[list[str], dict[int, str]]:
+    def list_known(self) -> tuple[list[str], dict[int, str]]:
         """Return the node names, and the VM names by VMID, that this run has read so far. Sends no request."""
         nodes = [str(row.get("name")) for row in (self._status[1] if self._status else []) if row.get("type") == "node"]
         return nodes, {vmid: str(row["name"]) for vmid, row in (self._vms or {}).items() if row.get("name")}
@@ -302,9 +305,9 @@ class Cluster:
                 self._partial = True
         return not self._partial
 
-    def holds(self, path: str, privilege: str) -> bool:
+    def has_privilege(self, path: str, privilege: str) -> bool:
         """Return whether these credentials have the privilege on the path now, directly or inherited."""
-        return self._client.settings.is_root or privilege in _rights(
+        return self._client.settings.is_root or privilege in _list_rights(
             self._client.get_dict("access/permissions", path=path), path
         )
 
@@ -318,14 +321,14 @@ class Cluster:
         """
         requested = set(vmids)
         if len(requested) <= _FEW:
-            return self.vms()
+            return self.list_vms()
         with self._lock:
             try:
                 # Read quorum before the list: a node with quorum then shows every VM that existed at that time.
                 quorum = self.require_quorum()
             except (ProxmoxError, Kept):
-                return self.vms()
-            listed = self.vms(fresh=True)
+                return self.list_vms()
+            listed = self.list_vms(fresh=True)
             if len(requested - listed.keys()) > _FEW and self.sees_everything():
                 self._whole = listed, quorum, self._clock.monotonic()
             return listed
@@ -338,9 +341,9 @@ class Cluster:
         """
         requested = sorted(set(vmids))
         if len(requested) == 1 and requested[0] in self._ours:
-            own = self._quorum_of_delete(requested[0])
+            own = self._find_quorum_of_delete(requested[0])
             if own is not None:
-                return {requested[0]: self._nextid(requested[0], own)}
+                return {requested[0]: self._ask_nextid(requested[0], own)}
         try:
             quorum = self.require_quorum()
         except (ProxmoxError, Kept) as error:
@@ -362,7 +365,7 @@ class Cluster:
             listed, quorum, _read = self._whole
         else:
             try:
-                listed = self.vms(fresh=True)
+                listed = self.list_vms(fresh=True)
             except ProxmoxError as error:
                 return {vmid: Presence(None, error.message, {}) for vmid in requested}
             # Read the rights after the list: a VM hidden from now on was still listed.
@@ -370,7 +373,7 @@ class Cluster:
                 return self._ask_for_each(requested, quorum)
         free = [vmid for vmid in requested if vmid not in listed]
         # A list cut short on its way would make VMs seem absent. So check one of the VMIDs in another way.
-        if free and self._nextid(free[0], quorum).absent is not True:
+        if free and self._ask_nextid(free[0], quorum).absent is not True:
             return self._ask_for_each(requested, quorum)
         proof = {**quorum, "proof": "not in the list of all VMs", "listed": len(listed)}
         return {
@@ -381,14 +384,14 @@ class Cluster:
         }
 
     def _ask_for_each(self, vmids: list[int], quorum: dict[str, Any]) -> dict[int, Presence]:
-        presences = parallel.each(lambda vmid: self._nextid(vmid, quorum), vmids, self._client.settings.connections)
+        presences = parallel.each(lambda vmid: self._ask_nextid(vmid, quorum), vmids, self._client.settings.connections)
         return dict(zip(vmids, presences, strict=True))
 
     def is_in_use(self, vmid: int) -> bool:
         """Return whether Proxmox VE reports the VMID as in use, even by a VM hidden from these credentials."""
-        return self._nextid(vmid, {}).absent is False
+        return self._ask_nextid(vmid, {}).absent is False
 
-    def why_in_use(self, vmid: int) -> str:
+    def explain_in_use(self, vmid: int) -> str:
         """Return the sentence for a VMID in use.
 
         If its VM is hidden from the credentials, it names the missing privilege.
@@ -400,12 +403,12 @@ class Cluster:
             "pool, then run again"
         )
 
-    def _nextid(self, vmid: int, quorum: dict[str, Any]) -> Presence:
+    def _ask_nextid(self, vmid: int, quorum: dict[str, Any]) -> Presence:
         try:
             free = self._client.get("cluster/nextid", vmid=vmid)
         except ApiError as error:
             if error.status in (400, 500) and "already exists" in error.text:
-                return Presence(False, self.why_in_use(vmid), {"nextid": error.text})
+                return Presence(False, self.explain_in_use(vmid), {"nextid": error.text})
             return Presence(None, error.message, {})
         except ProxmoxError as error:
             return Presence(None, error.message, {})
@@ -429,7 +432,9 @@ def sees_every_vm(entries: list[dict[str, Any]], permissions: dict[str, Any]) ->
     """
     if not entries:
         return False
-    if "Sys.Audit" not in _rights(permissions, "/access") or str(_rights(permissions, "/vms").get("VM.Audit")) not in (
+    if "Sys.Audit" not in _list_rights(permissions, "/access") or str(
+        _list_rights(permissions, "/vms").get("VM.Audit")
+    ) not in (
         "1",
         "True",
         "true",
@@ -439,25 +444,25 @@ def sees_every_vm(entries: list[dict[str, Any]], permissions: dict[str, Any]) ->
         path = str(entry.get("path") or "")
         if not path.startswith("/") or not entry.get("roleid"):
             return False
-        if path.startswith("/vms/") and "VM.Audit" not in _rights(permissions, path):
+        if path.startswith("/vms/") and "VM.Audit" not in _list_rights(permissions, path):
             return False
         if entry["roleid"] == "NoAccess" and (path == "/" or path.startswith("/pool")):
             return False
     return True
 
 
-def _by_vmid(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def _index_by_vmid(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     try:
         return {int(row["vmid"]): {name: row[name] for name in _LOOKED_AT if name in row} for row in rows}
     except (KeyError, TypeError, ValueError):
         raise OutcomeUnknown("GET /cluster/resources: entries without a vmid; is api_host a Proxmox node?") from None
 
 
-def _rights(permissions: dict[str, Any], path: str) -> dict[str, Any]:
+def _list_rights(permissions: dict[str, Any], path: str) -> dict[str, Any]:
     rights = permissions.get(path)
     return rights if isinstance(rights, dict) else {}
 
 
-def _title(identity: dict[str, Any]) -> str:
+def _format_identity(identity: dict[str, Any]) -> str:
     kind = f"cluster {identity['name']!r}" if identity["name"] else "a single node"
     return f"{kind} with {', '.join(identity['nodes'])}"

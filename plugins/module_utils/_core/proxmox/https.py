@@ -124,10 +124,10 @@ class Https:
 
         data = self._call(method, path, params, send_request)
         # proxmoxer returns an answer that it cannot parse as {"errors": ...}. Never take that for data.
-        if isinstance(data, (dict, list)) and answers.too_deep(data):
-            raise self._nonsense(method, path, too_deep=True)
+        if isinstance(data, (dict, list)) and answers.is_too_deep(data):
+            raise self._make_nonsense_error(method, path, too_deep=True)
         if isinstance(data, dict) and set(data) == {"errors"}:
-            raise self._nonsense(method, path)
+            raise self._make_nonsense_error(method, path)
         return data
 
     def ended_well(self, upid: str) -> bool:
@@ -148,7 +148,7 @@ class Https:
                 "POST",
                 f"{self._url}/access/ticket",
                 data=data,
-                auth=_keep,
+                auth=_keep_request,
                 verify=self._session.verify,
                 timeout=settings.api_timeout,
             )
@@ -165,19 +165,19 @@ class Https:
                 path="access/ticket",
             )
         if response.status_code >= 400:
-            raise answers.failure("POST", "access/ticket", settings, response.status_code, response.reason, {})
+            raise answers.make_error("POST", "access/ticket", settings, response.status_code, response.reason, {})
         try:
             answer = response.json()["data"]
             answer["ticket"], answer["CSRFPreventionToken"]
         except (KeyError, TypeError, ValueError, RecursionError):
-            raise self._nonsense("POST", "access/ticket") from None
+            raise self._make_nonsense_error("POST", "access/ticket") from None
         return answer
 
     # ---- errors ----
 
-    def _nonsense(self, method: str, path: str, *, too_deep: bool = False) -> OutcomeUnknown:
-        if too_deep and answers.from_guest(path):
-            return answers.guest_nonsense(method, path, self._settings)
+    def _make_nonsense_error(self, method: str, path: str, *, too_deep: bool = False) -> OutcomeUnknown:
+        if too_deep and answers.is_from_guest(path):
+            return answers.make_guest_error(method, path, self._settings)
         return OutcomeUnknown(
             f"{method} /{path} on {self._settings.where}: the answer is not what Proxmox sends; is api_host a Proxmox "
             "node?",
@@ -195,67 +195,67 @@ class Https:
             raise
         except proxmoxer.ResourceException as error:
             text = str(error.content or error.status_message or "")
-            raise answers.failure(method, path, settings, int(error.status_code), text, params) from None
+            raise answers.make_error(method, path, settings, int(error.status_code), text, params) from None
         except requests.exceptions.ProxyError as error:
-            raise self._proxy_error(path, error) from None
+            raise self._make_proxy_error(path, error) from None
         except requests.exceptions.SSLError as error:
-            raise self._tls_error(method, path, error) from None
+            raise self._make_tls_error(method, path, error) from None
         except requests.exceptions.ConnectTimeout:
             raise Unreachable(
                 f"{settings.where} does not answer within {settings.api_timeout} s; check api_host, api_port and the "
-                f"network{self._through_proxy()}",
+                f"network{self._describe_proxy()}",
                 path=path,
             ) from None
         except requests.exceptions.Timeout:
-            raise answers.unanswered(method, path, settings) from None
+            raise answers.make_timeout_error(method, path, settings) from None
         except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:
-            raise self._schema_error(path, error) from None
+            raise self._make_schema_error(path, error) from None
         except requests.exceptions.ConnectionError as error:
             if "Read timed out" in str(error):
-                raise answers.unanswered(method, path, settings) from None
+                raise answers.make_timeout_error(method, path, settings) from None
             if out_of_descriptors():
-                raise answers.no_descriptor(path) from None
+                raise answers.make_descriptor_error(path) from None
             if any(name in str(error) for name in _NEVER_CONNECTED):
                 raise Unreachable(
-                    f"{settings.where} cannot be reached: {_reason(error)}; check api_host, api_port and the "
-                    f"network{self._through_proxy()}",
+                    f"{settings.where} cannot be reached: {_find_reason(error)}; check api_host, api_port and the "
+                    f"network{self._describe_proxy()}",
                     path=path,
                 ) from None
             raise OutcomeUnknown(
-                f"{where}: the connection was cut before the answer: {_reason(error)}; {answers.became_of(method)}"
-                f"{self._through_proxy()}",
+                f"{where}: the connection was cut before the answer: {_find_reason(error)}; "
+                f"{answers.describe_outcome(method)}{self._describe_proxy()}",
                 method=method,
                 path=path,
                 cut=True,
             ) from None
         except requests.exceptions.RequestException as error:
-            if isinstance(error, _TooLarge) and answers.from_guest(path):
-                raise answers.guest_nonsense(method, path, settings) from None
+            if isinstance(error, _TooLarge) and answers.is_from_guest(path):
+                raise answers.make_guest_error(method, path, settings) from None
             raise OutcomeUnknown(
-                f"{where}: {_reason(error)}; {answers.became_of(method)}",
+                f"{where}: {_find_reason(error)}; {answers.describe_outcome(method)}",
                 method=method,
                 path=path,
                 cut=isinstance(error, requests.exceptions.ChunkedEncodingError) or None,
             ) from None
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             # proxmoxer looks for "data" in any answer, whatever its type.
-            raise self._nonsense(method, path, too_deep=isinstance(error, RecursionError)) from None
+            raise self._make_nonsense_error(method, path, too_deep=isinstance(error, RecursionError)) from None
         except OSError as error:
             if out_of_descriptors(error):
-                raise answers.no_descriptor(path) from None
+                raise answers.make_descriptor_error(path) from None
             # requests reads the file in ca_path before it connects.
             raise Unreachable(f"{where}: {error}; is ca_path right?", path=path) from None
 
-    def _tls_error(self, method: str, path: str, error: Exception) -> ProxmoxError:
+    def _make_tls_error(self, method: str, path: str, error: Exception) -> ProxmoxError:
         text, settings = str(error), self._settings
         if out_of_descriptors():
-            return answers.no_descriptor(path)
+            return answers.make_descriptor_error(path)
         harmless = method == "GET" or path == "access/ticket"
         if not (_TLS_REFUSED.search(text) or (_NO_TLS in text and harmless)):
             # The failure may have come after the handshake, so the request may have been sent.
             return OutcomeUnknown(
                 f"{method} /{path} on {settings.where}: the encrypted connection broke before the answer; "
-                f"{answers.became_of(method)}",
+                f"{answers.describe_outcome(method)}",
                 method=method,
                 path=path,
                 cut=True,
@@ -263,21 +263,21 @@ class Https:
         if _NO_TLS in text:
             return Unreachable(
                 f"{settings.where} does not speak TLS, so nothing was asked; check api_host and api_port (Proxmox VE "
-                f"listens on 8006){self._through_proxy()}",
+                f"listens on 8006){self._describe_proxy()}",
                 path=path,
             )
         from . import certificate
 
         return Unreachable(
             certificate.explain(settings, text)
-            or f"the certificate of {settings.where} is not trusted: {_tls_reason(error)}; set ca_path to its CA "
+            or f"the certificate of {settings.where} is not trusted: {_find_tls_reason(error)}; set ca_path to its CA "
             "(/etc/pve/pve-root-ca.pem of the node), or correct api_host",
             path=path,
         )
 
     # ---- proxies of the environment ----
 
-    def _proxy(self) -> tuple[str, str] | None:
+    def _find_proxy(self) -> tuple[str, str] | None:
         """Return the variable that sets a proxy for this host, and the proxy without user and password; or None."""
         if requests.utils.should_bypass_proxies(self._url, no_proxy=None):
             return None
@@ -286,24 +286,24 @@ class Https:
                 return name, re.sub(r"^(\w+://)?[^/@]*@", r"\1", os.environ[name])
         return None
 
-    def _through_proxy(self) -> str:
-        proxy = self._proxy()
+    def _describe_proxy(self) -> str:
+        proxy = self._find_proxy()
         return f" (requests go through the proxy {proxy[1]} of {proxy[0]}; NO_PROXY makes exceptions)" if proxy else ""
 
-    def _proxy_error(self, path: str, error: Exception) -> Unreachable:
-        name, shown = self._proxy() or ("the environment", "")
+    def _make_proxy_error(self, path: str, error: Exception) -> Unreachable:
+        name, shown = self._find_proxy() or ("the environment", "")
         if out_of_descriptors():
-            return answers.no_descriptor(path)
+            return answers.make_descriptor_error(path)
         refused = re.search(r"Tunnel connection failed: ([^'\"\\)]+)", str(error))
-        problem = f"refuses ({refused[1].strip()})" if refused else f"cannot be reached ({_reason(error)})"
+        problem = f"refuses ({refused[1].strip()})" if refused else f"cannot be reached ({_find_reason(error)})"
         return Unreachable(
             f"the proxy {shown} of {name} {problem}, so {self._settings.where} was not asked; correct the proxy, or "
             f"put {self._settings.api_host} into NO_PROXY",
             path=path,
         )
 
-    def _schema_error(self, path: str, error: Exception) -> ProxmoxError:
-        name, shown = self._proxy() or ("the environment", "")
+    def _make_schema_error(self, path: str, error: Exception) -> ProxmoxError:
+        name, shown = self._find_proxy() or ("the environment", "")
         if "SOCKS" in str(error):
             return Unreachable(
                 f"the proxy {shown} of {name} needs the Python library PySocks: install python3-socks (Debian) or pip "
@@ -317,7 +317,7 @@ class Https:
         )
 
 
-def _keep(request: Any) -> Any:
+def _keep_request(request: Any) -> Any:
     """Take the place of authentication, because without any requests would look for a password in ~/.netrc."""
     return request
 
@@ -406,13 +406,13 @@ class _Adapter(HTTPAdapter):
                 "redirected elsewhere; set api_host to the Proxmox node itself", response=response
             )
         if response.status_code >= 400:
-            response.reason = _sentence(response._content) or response.reason
+            response.reason = _read_sentence(response._content) or response.reason
             # proxmoxer appends the body's errors to its own message, differently in each release. So leave it none.
             response._content = b'{"data":null}'
         return response
 
 
-def _sentence(body: bytes) -> str | None:
+def _read_sentence(body: bytes) -> str | None:
     """Return the text of an error's body: the message, then the parameters' errors by name; None without a text."""
     try:
         answer = json.loads(body)
@@ -459,7 +459,7 @@ class _Connection(HTTPSConnection):
     def connect(self) -> None:
         for number in range(1, _HANDSHAKES + 1):
             # Sets the deadline: connect() may already read a proxy's answer.
-            self._begin()
+            self._set_deadline()
             try:
                 super().connect()
                 return
@@ -472,13 +472,13 @@ class _Connection(HTTPSConnection):
                 time.sleep(0.1 * number)
 
     def request(self, *arguments: Any, **options: Any) -> None:
-        seconds = self._begin()
+        seconds = self._set_deadline()
         if self.sock is not None:
             # The socket still has the deadline of the last answer.
             self.sock.settimeout(seconds)
         super().request(*arguments, **options)
 
-    def _begin(self) -> float | None:
+    def _set_deadline(self) -> float | None:
         """Set the deadline, and return the seconds until then."""
         seconds = self.timeout if isinstance(self.timeout, (int, float)) else None
         self.deadline = time.monotonic() + seconds if seconds else math.inf
@@ -511,7 +511,7 @@ class _Pool(HTTPSConnectionPool):
         return conn
 
 
-def _reason(error: Exception) -> str:
+def _find_reason(error: Exception) -> str:
     text = str(error)
     known = _REASONS.search(text)
     if known:
@@ -519,6 +519,6 @@ def _reason(error: Exception) -> str:
     return text if isinstance(error, (_TooLarge, requests.exceptions.TooManyRedirects)) else type(error).__name__
 
 
-def _tls_reason(error: Exception) -> str:
+def _find_tls_reason(error: Exception) -> str:
     known = re.search(r"certificate verify failed: ([^(\[]+)", str(error))
     return known[1].strip() if known else "TLS failed"

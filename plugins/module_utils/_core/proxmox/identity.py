@@ -43,7 +43,7 @@ class Verdict:
     config: dict[str, Any] | None = None
 
 
-def marker(uuid: str, database: str | None = None) -> str:
+def make_marker(uuid: str, database: str | None = None) -> str:
     """Return the description with which a sandbox's VM is cloned.
 
     ``database`` is the id of the database with the sandbox's record.
@@ -55,21 +55,21 @@ def marker(uuid: str, database: str | None = None) -> str:
     )
 
 
-def described(config: dict[str, Any], text: str) -> str:
+def replace_text(config: dict[str, Any], text: str) -> str:
     """Return the description with ``text`` after its first empty line.
 
     The lines before that stay, because they contain our marker.
     """
-    return f"{_head(config)}\n\n{text}" if text else _head(config)
+    return f"{_read_head(config)}\n\n{text}" if text else _read_head(config)
 
 
-def own_text(config: dict[str, Any]) -> str:
+def read_own_text(config: dict[str, Any]) -> str:
     """Return the description after its first empty line, without the note of a deletion."""
     text = str(config.get("description") or "").partition("\n\n")[2]
     return "\n".join(line for line in text.split("\n") if not line.startswith(_NOTE)).strip("\n")
 
 
-def _head(config: dict[str, Any]) -> str:
+def _read_head(config: dict[str, Any]) -> str:
     head = str(config.get("description") or "").partition("\n\n")[0]
     return "\n".join(line for line in head.splitlines() if not line.startswith(_NOTE)).strip("\n")
 
@@ -79,12 +79,12 @@ def is_ours(text: str) -> bool:
     return _MARKER.search(text) is not None or any(line.startswith(_NOTE) for line in text.splitlines())
 
 
-def markers(config: dict[str, Any]) -> set[str]:
+def read_markers(config: dict[str, Any]) -> set[str]:
     """Return the sandbox UUIDs in the markers of a VM's description."""
     return {uuid.lower() for uuid in _MARKER.findall(str(config.get("description") or ""))}
 
 
-def other_databases(config: dict[str, Any], database: str | None) -> set[str]:
+def read_other_databases(config: dict[str, Any], database: str | None) -> set[str]:
     """Return the databases named by the VM's markers, if every marker names one and none names ``database``.
 
     Otherwise return an empty set: the VM is then not known to belong to another database.
@@ -99,7 +99,7 @@ def other_databases(config: dict[str, Any], database: str | None) -> set[str]:
     return set() if database is None or database in named else named
 
 
-def smbios_uuid(config: dict[str, Any]) -> str | None:
+def read_smbios_uuid(config: dict[str, Any]) -> str | None:
     """Return the SMBIOS UUID of a VM's configuration in lower case, or None."""
     match = _SMBIOS.search(str(config.get("smbios1") or ""))
     return match[1].lower() if match else None
@@ -118,7 +118,7 @@ def judge(uuid: str, known_smbios: str | None, config: dict[str, Any]) -> Verdic
 
     docs/safety.md has the same table for operators.
     """
-    found_markers, found_smbios = markers(config), smbios_uuid(config)
+    found_markers, found_smbios = read_markers(config), read_smbios_uuid(config)
     ours = found_markers == {uuid}
     evidence = {
         "marker": "ours" if ours else ("several" if uuid in found_markers else ("other" if found_markers else "none")),
@@ -141,7 +141,7 @@ def judge(uuid: str, known_smbios: str | None, config: dict[str, Any]) -> Verdic
     return Verdict(identity, evidence, str(config.get("digest") or "") or None, config)
 
 
-def deletion_note(config: dict[str, Any], operation: str, at: str | None) -> str:
+def add_deletion_note(config: dict[str, Any], operation: str, at: str | None) -> str:
     """Return the description with a line about the deletion: by which operation, and when. Replaces an earlier line."""
     lines = [line for line in str(config.get("description") or "").splitlines() if not line.startswith(_NOTE)]
     text = "\n".join([*lines, f"{_NOTE} {operation} {at}"])

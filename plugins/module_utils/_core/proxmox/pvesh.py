@@ -98,14 +98,14 @@ class Pvesh:
         Raises the same errors as the https API: ApiError, Unreachable, OutcomeUnknown.
         """
         if method == "POST" and path.endswith("/agent/exec") and not self.shows_input(path):
-            return self._exec(path, params)
-        status, output, complaint = self._run(method, path, self._arguments(method, path, params))
+            return self._start_in_guest(path, params)
+        status, output, complaint = self._run(method, path, self._make_arguments(method, path, params))
         if status == 0:
-            data = self._data(method, path, output)
+            data = self._read_data(method, path, output)
             if method != "GET" and not complaint and isinstance(data, str) and data.startswith("UPID:"):
                 self._ended_well.add(data)
             return data
-        raise self._refusal(method, path, params, status, complaint)
+        raise self._make_refusal(method, path, params, status, complaint)
 
     def ended_well(self, upid: str) -> bool:
         """Return True, once, if pvesh itself has reported the task's end with ``OK``. No request is needed then."""
@@ -117,7 +117,7 @@ class Pvesh:
 
     # ---- asking ----
 
-    def _exec(self, path: str, params: dict[str, Any]) -> Any:
+    def _start_in_guest(self, path: str, params: dict[str, Any]) -> Any:
         """Start a program in a guest on this node. ``qm guest exec`` reads the input from a pipe (up to 1 MiB)."""
         words = [str(self._qm), "guest", "exec", path.split("/")[3], "--pass-stdin", "1", "--synchronous", "0", "--"]
         arguments = [word.encode("ascii") for word in (*words, *params["command"])]
@@ -128,9 +128,9 @@ class Pvesh:
             # This answer is JSON on several lines.
             data = _parse(output.strip())
             return None if data in (_NO_JSON, _TOO_DEEP) else data
-        raise self._refusal("POST", path, params, status, complaint)
+        raise self._make_refusal("POST", path, params, status, complaint)
 
-    def _arguments(self, method: str, path: str, params: dict[str, Any]) -> list[bytes]:
+    def _make_arguments(self, method: str, path: str, params: dict[str, Any]) -> list[bytes]:
         secret = next((name for name in _SECRET_OPTIONS if params.get(name) is not None), None)
         if secret:
             raise InvalidInput(
@@ -195,7 +195,7 @@ class Pvesh:
                     if method == "GET":
                         process.kill()
                         process.wait()
-                        raise answers.unanswered(method, path, settings) from None
+                        raise answers.make_timeout_error(method, path, settings) from None
                     raise OutcomeUnknown(
                         f"{method} /{path} on {settings.where}: pvesh did not end within {seconds} s (wait_timeout); "
                         "it goes on, and whether it will be carried out is not known. Run again to find out",
@@ -208,8 +208,8 @@ class Pvesh:
                         process.kill()
                     raise
                 if os.fstat(output.fileno()).st_size > answers.LARGEST_ANSWER:
-                    if answers.from_guest(path):
-                        raise answers.guest_nonsense(method, path, settings)
+                    if answers.is_from_guest(path):
+                        raise answers.make_guest_error(method, path, settings)
                     raise OutcomeUnknown(
                         f"{method} /{path} on {settings.where}: the answer has more than {answers.LARGEST_ANSWER} "
                         "bytes, which no answer of Proxmox has",
@@ -221,7 +221,7 @@ class Pvesh:
                 return status, output.read().decode(errors="replace"), complaint.read(65536).decode(errors="replace")
         except OSError as error:
             if out_of_descriptors(error):
-                raise answers.no_descriptor(path) from None
+                raise answers.make_descriptor_error(path) from None
             raise Unreachable(
                 f"{method} /{path} on {settings.where}: pvesh cannot be started: {error.strerror}; Proxmox was not "
                 "asked",
@@ -230,7 +230,7 @@ class Pvesh:
 
     # ---- reading ----
 
-    def _data(self, method: str, path: str, output: str) -> Any:
+    def _read_data(self, method: str, path: str, output: str) -> Any:
         # The output of a config write quotes the description, which is a user's text, so do not parse it.
         if method == "PUT" and _CONFIG.search(path):
             return None
@@ -242,8 +242,8 @@ class Pvesh:
         if not text:
             return None
         data = _parse(text)
-        if data is _TOO_DEEP and answers.from_guest(path):
-            raise answers.guest_nonsense(method, path, self._settings)
+        if data is _TOO_DEEP and answers.is_from_guest(path):
+            raise answers.make_guest_error(method, path, self._settings)
         if method == "GET":
             if data in (_NO_JSON, _TOO_DEEP):
                 raise OutcomeUnknown(
@@ -260,7 +260,9 @@ class Pvesh:
         glued = _LAST_STRING.search(data) if isinstance(data, str) else None
         return glued[1] if glued else data
 
-    def _refusal(self, method: str, path: str, params: dict[str, Any], status: int, complaint: str) -> ProxmoxError:
+    def _make_refusal(
+        self, method: str, path: str, params: dict[str, Any], status: int, complaint: str
+    ) -> ProxmoxError:
         settings = self._settings
         where = f"{method} /{path} on {settings.where}"
         lines = [line.strip() for line in complaint.splitlines() if line.strip() and not _USAGE.match(line)]
@@ -270,7 +272,7 @@ class Pvesh:
         facts = {"method": method, "path": path}
         if status < 0 or not text:
             how = f"was ended by signal {-status}" if status < 0 else f"exited with {status} and said nothing"
-            return OutcomeUnknown(f"{where}: pvesh {how}; {answers.became_of(method)}, run again", **facts)
+            return OutcomeUnknown(f"{where}: pvesh {how}; {answers.describe_outcome(method)}, run again", **facts)
         facts["text"] = answers.clean(text, settings)
         if "please run as root" in text:
             return Unreachable(f"{where}: pvesh works only as root; use become, or set api_host and a token", **facts)
@@ -287,11 +289,13 @@ class Pvesh:
         if _NO_SSH.search(text):
             return Unreachable(f"{where}: the node does not answer ({facts['text']})", **facts)
         if _BROKEN_SSH.search(text):
-            return OutcomeUnknown(f"{where}: {answers.became_of(method)} ({facts['text']})", **facts, cut=True)
+            return OutcomeUnknown(f"{where}: {answers.describe_outcome(method)} ({facts['text']})", **facts, cut=True)
         number = re.match(r"(?:Unknown option: \S+ )?([45]\d\d) ", text)
         if number:
             text = text.removeprefix(f"{number[1]} ")
-        error = answers.failure(method, path, settings, int(number[1]) if number else _status(text), text, params)
+        error = answers.make_error(
+            method, path, settings, int(number[1]) if number else _guess_status(text), text, params
+        )
         if isinstance(error, ApiError):
             error.detail.setdefault("exit", status)
         return error
@@ -302,7 +306,7 @@ def clean_path(path: str) -> str:
     return "".join(char for char in path if char.isascii() and char.isprintable())[:200]
 
 
-def _status(text: str) -> int:
+def _guess_status(text: str) -> int:
     """Return the status that the https API gives for the same text."""
     if text.startswith("Permission check failed"):
         return 403
@@ -324,4 +328,4 @@ def _parse(text: str) -> Any:
         return _NO_JSON
     except RecursionError:
         return _TOO_DEEP
-    return _TOO_DEEP if isinstance(data, (dict, list)) and answers.too_deep(data) else data
+    return _TOO_DEEP if isinstance(data, (dict, list)) and answers.is_too_deep(data) else data

@@ -27,7 +27,7 @@ _LOG_LINES = 5
 _LOG_LINE_CHARS = 300
 
 
-def node_of(upid: str) -> str:
+def read_node(upid: str) -> str:
     """Return the node that runs a task; only that node knows its status.
 
     UPID:node:pid:pstart:starttime:type:id:user:
@@ -40,12 +40,12 @@ def node_of(upid: str) -> str:
     return parts[1]
 
 
-def kind_of(upid: str) -> str:
+def read_kind(upid: str) -> str:
     """Return the type of a task, such as ``qmdestroy``."""
     return upid.split(":")[5]
 
 
-def started_at(upid: str) -> int:
+def read_start_time(upid: str) -> int:
     """Return the start time of a task by the node's clock, in seconds since the epoch."""
     try:
         return int(upid.split(":")[4], 16)
@@ -82,13 +82,13 @@ class TaskWaiter:
         """
         try:
             upid = str(upid)
-            node = node_of(upid)
-            return self._judge(upid, label, node, self._await(upid, label, node, timeout))
+            node = read_node(upid)
+            return self._judge_status(upid, label, node, self._await_task(upid, label, node, timeout))
         except ProxmoxError as error:
-            self._client.statistics.failed(error)
+            self._client.statistics.count_failure(error)
             raise
 
-    def _await(self, upid: str, label: str, node: str, timeout: float) -> str:
+    def _await_task(self, upid: str, label: str, node: str, timeout: float) -> str:
         """Wait for the end of a task, and return its exit status."""
         begun = self._clock.monotonic()
         deadline = begun + timeout
@@ -99,7 +99,7 @@ class TaskWaiter:
             if self._client.awaits_tasks:
                 if self._client.ended_well(upid):
                     return "OK"
-                status = self._look(upid, node)
+                status = self._look_once(upid, node)
                 if status is not None:
                     return status
             while True:
@@ -122,18 +122,18 @@ class TaskWaiter:
                         self._changed.wait(min(remaining, 0.5))
                         continue
                     self._polling.add(node)
-                    pause = min(remaining, self._pause(node))
+                    pause = min(remaining, self._compute_pause(node))
                 try:
                     self._clock.sleep(pause)
                     with self._lock:
                         awaited = dict(self._waiting[node])
-                    ended, errors = self._poll(node, awaited)
+                    ended, errors = self._poll_node(node, awaited)
                 finally:
                     with self._lock:
                         self._polling.discard(node)
                         self._changed.notify_all()
                 with self._lock:
-                    self._learn(awaited, ended)
+                    self._learn_durations(awaited, ended)
                     # Drop results of waiters that timed out, or this dict grows forever.
                     self._ended.update(
                         (ended_upid, how) for ended_upid, how in ended.items() if ended_upid in self._waiting[node]
@@ -146,27 +146,27 @@ class TaskWaiter:
             with self._lock:
                 self._waiting[node].pop(upid, None)
 
-    def _pause(self, node: str) -> float:
+    def _compute_pause(self, node: str) -> float:
         """Return the seconds until the next poll of a node.
 
         That is when the first of its tasks can have ended. An overdue task is polled after a quarter of its delay, so
         that long tasks cost few polls.
         """
         now = self._clock.monotonic()
-        late = [now - since - self._shortest.get(kind_of(upid), 0.0) for upid, since in self._waiting[node].items()]
+        late = [now - since - self._shortest.get(read_kind(upid), 0.0) for upid, since in self._waiting[node].items()]
         return max(
             self._interval, min(LONGEST_POLL, *(seconds * 0.25 if seconds > 0 else -seconds for seconds in late))
         )
 
-    def _learn(self, awaited: dict[str, float], ended: dict[str, str]) -> None:
+    def _learn_durations(self, awaited: dict[str, float], ended: dict[str, str]) -> None:
         now = self._clock.monotonic()
         for upid in ended:
-            took, kind = now - awaited[upid], kind_of(upid)
+            took, kind = now - awaited[upid], read_kind(upid)
             # Raise the shortest duration slowly: if all tasks take longer than one once did, the early polls are
             # useless.
             self._shortest[kind] = min(took, self._shortest.get(kind, took) * 1.1)
 
-    def _poll(self, node: str, awaited: dict[str, float]) -> tuple[dict[str, str], dict[str, ProxmoxError]]:
+    def _poll_node(self, node: str, awaited: dict[str, float]) -> tuple[dict[str, str], dict[str, ProxmoxError]]:
         """Return (exit statuses of ended tasks, errors by task).
 
         A failed poll is tolerated until the waiter's timeout.
@@ -176,7 +176,7 @@ class TaskWaiter:
         single = list(awaited) if len(awaited) == 1 else []
         try:
             if not single:
-                since = min(map(started_at, awaited)) - 1
+                since = min(map(read_start_time, awaited)) - 1
                 rows = self._client.get_list(
                     f"nodes/{node}/tasks", source="all", since=max(since, 0), limit=_LIST_LIMIT
                 )
@@ -217,7 +217,7 @@ class TaskWaiter:
                 self._last_problem[node] = f" (the last look at it failed: {error.message})"
         return ended, errors
 
-    def _look(self, upid: str, node: str) -> str | None:
+    def _look_once(self, upid: str, node: str) -> str | None:
         """Return the exit status of an ended task; None while it runs or cannot be read."""
         try:
             task = self._client.get_dict(f"nodes/{node}/tasks/{upid}/status")
@@ -226,14 +226,14 @@ class TaskWaiter:
             return None
         return str(task.get("exitstatus") or "unexpected status") if task.get("status") == "stopped" else None
 
-    def _judge(self, upid: str, label: str, node: str, status: str) -> list[str]:
+    def _judge_status(self, upid: str, label: str, node: str, status: str) -> list[str]:
         """Return the warnings of a task that ended well. Raises TaskFailed or TaskUnknown for another exit status."""
         if status == "OK":
             return []
         if status.startswith("WARNINGS"):
             return [f"{label}: task {upid} ended with {status}; see its log on node {node}"]
         # The caller retries after a lock that was not acquired, and the log says no more than the status.
-        log = "" if answers.not_begun(status) else self._end_of_log(upid, node, status)
+        log = "" if answers.is_not_begun(status) else self._read_end_of_log(upid, node, status)
         if status == "unexpected status":
             raise TaskUnknown(
                 f"{label}: the worker of task {upid} on node {node} died (unexpected status); what it did is not "
@@ -243,13 +243,13 @@ class TaskWaiter:
             )
         raise TaskFailed(
             f"{label}: task {upid} on node {node} failed: "
-            f"{answers.clean(status)}{log}{answers.room_advice(status + log)}",
+            f"{answers.clean(status)}{log}{answers.advise_on_room(status + log)}",
             upid=upid,
             node=node,
             exitstatus=status,
         )
 
-    def _end_of_log(self, upid: str, node: str, status: str) -> str:
+    def _read_end_of_log(self, upid: str, node: str, status: str) -> str:
         """Return the last lines of a failed task's log for its message, because the cause often stands only there."""
         try:
             rows = self._client.get_list(f"nodes/{node}/tasks/{upid}/log", limit=_LOG_READ)

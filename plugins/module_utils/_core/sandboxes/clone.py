@@ -124,7 +124,7 @@ def make_vm(creation: Creation) -> Located | None:
             if judgement.step is Step.WAIT:
                 ctx.clock.sleep(LOCK_PAUSE)
             else:
-                occupied |= {creation.sandbox.vmid, *ctx.cluster.vms(fresh=True)}
+                occupied |= {creation.sandbox.vmid, *ctx.cluster.list_vms(fresh=True)}
                 creation.sandbox = ctx.records.renumber(
                     creation.claim, creation.sandbox, vmid_range=ctx.config.vmid_range, occupied=occupied
                 )
@@ -212,7 +212,7 @@ def _bind_new_vm(creation: Creation) -> Located | None:
             "meanwhile, or hidden from these credentials?)",
             remedy="remove",
         )
-    smbios = identity.smbios_uuid(located.config)
+    smbios = identity.read_smbios_uuid(located.config)
     if located.verdict is None or located.verdict.identity != identity.UNBOUND or smbios is None:
         raise Kept(
             "ambiguous",
@@ -221,7 +221,7 @@ def _bind_new_vm(creation: Creation) -> Located | None:
             remedy="remove",
             evidence=located.verdict.evidence if located.verdict else None,
         )
-    ctx.cluster.seen_ours(sandbox.vmid)
+    ctx.cluster.note_own_vm(sandbox.vmid)
     creation.sandbox = bound = binding.bind(ctx, creation.claim, sandbox, smbios, located)
     # Judge the same configuration again, now against the SMBIOS UUID that the record has just stored.
     located.verdict = identity.judge(bound.uuid, bound.smbios_uuid, located.config)
@@ -283,8 +283,8 @@ def _post_clone(creation: Creation) -> Any:
         f"nodes/{note.template_node}/qemu/{note.template}/clone",
         newid=sandbox.vmid,
         name=sandbox.name,
-        description=identity.described(
-            {"description": identity.marker(sandbox.uuid, ctx.records.read_database_id())}, spec.description or ""
+        description=identity.replace_text(
+            {"description": identity.make_marker(sandbox.uuid, ctx.records.read_database_id())}, spec.description or ""
         ),
         pool=spec.pool or ctx.config.pool,
         storage=note.storage,
@@ -308,7 +308,7 @@ def _bind_cut_clone(creation: Creation) -> bool:
         nonlocal deadline
         row: dict[str, Any] = {}
         try:
-            row = ctx.cluster.vms(fresh=True).get(sandbox.vmid) or {}
+            row = ctx.cluster.list_vms(fresh=True).get(sandbox.vmid) or {}
             if row and binding.locate_unbound(ctx, sandbox, creation.claim, request).match:
                 creation.sandbox = ctx.records.get(sandbox.uuid)
                 return True
@@ -334,7 +334,7 @@ def _await_doubt(creation: Creation, doubt: CreationNote) -> Located:
     def look() -> Located | None:
         nonlocal last_refusal
         last_refusal = None
-        ctx.cluster.vms(fresh=True)
+        ctx.cluster.list_vms(fresh=True)
         try:
             located = binding.locate_unbound(ctx, sandbox, creation.claim, doubt)
         except Kept as error:

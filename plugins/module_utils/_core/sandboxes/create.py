@@ -193,7 +193,7 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
         )
     disk = workspace_disk.select(ctx, spec.workspace) if spec.workspace is not None else None
     # This one request reads all nodes and all VMs.
-    nodes = ctx.cluster.capacity().nodes
+    nodes = ctx.cluster.read_capacity().nodes
     choice = place.NodeChoice(ctx, spec, disk, failed) if place.is_open(ctx, spec, disk, nodes) else None
     if choice is not None:
         node, template = None, None
@@ -219,7 +219,7 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
             workspace_disk.check_usable(ctx, disk, node)
         if spec.cloud_init_user_data is not None:
             cloud_init.check_place(ctx, node)
-    known = ctx.cluster.vms()
+    known = ctx.cluster.list_vms()
     if spec.vmid is not None and spec.vmid in known:
         raise refusals.make_occupied_error(spec.vmid, str(known[spec.vmid].get("name") or "unnamed"))
     ctx.cluster.confirm(creating=True)
@@ -280,7 +280,7 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
 
 def _check_node(ctx: Context, node: str) -> None:
     """Raise InvalidInput for a node that is offline or not in the cluster."""
-    nodes = ctx.cluster.nodes()
+    nodes = ctx.cluster.list_nodes()
     if node not in nodes:
         raise InvalidInput(
             f"node: {node!r} is not a node of this cluster. Nodes: {', '.join(sorted(nodes))}",
@@ -402,7 +402,7 @@ def _take_steps(creation: Creation) -> Outcome:
     if unfinished and unfinished.creation:
         # Phase and time belong to the entry of the earlier run, not to what this run notes.
         creation.note = replace(unfinished.creation, phase="", at=0)
-    disk = workspace_disk.of_creation(ctx, claim, creation.sandbox, spec.workspace)
+    disk = workspace_disk.assign_to_creation(ctx, claim, creation.sandbox, spec.workspace)
     creation.sandbox = cloud_init.provide_snippet(ctx, claim, creation.sandbox, spec.cloud_init_user_data)
     cloned = clone.make_vm(creation) if creation.sandbox.smbios_uuid is None else None
     if creation.sandbox.state != states.BOOTING:
@@ -534,7 +534,7 @@ def _remove_failed(creation: Creation, error: AgentlabError, explanation: str) -
             )
         ctx.records.release(claim)
         # The cached list dates from before the clone. Decide by the VM that stands at the VMID now.
-        ctx.cluster.vms(fresh=True)
+        ctx.cluster.list_vms(fresh=True)
         outcome = destroy.run(ctx, [(now, destroy.Request(operation="clean-up", force=True, clean_up=True))])[0]
         clean = outcome.state == states.DESTROYED
         if clean:

@@ -235,8 +235,8 @@ def _make_destroyed_outcome(gone: Gone, closed: Sandbox, reason: str) -> Outcome
 def _explain_kept(ctx: Context, gone: Gone) -> Kept:
     """Return why a record is kept whose VM was deleted or is missing, although its VMID is still in use."""
     vmid = gone.sandbox.vmid
-    if not gone.upids and vmid not in ctx.cluster.vms():
-        return Kept("unknown", f"sandbox {vmid}: {ctx.cluster.why_in_use(vmid)}")
+    if not gone.upids and vmid not in ctx.cluster.list_vms():
+        return Kept("unknown", f"sandbox {vmid}: {ctx.cluster.explain_in_use(vmid)}")
     was = "deleted" if gone.upids else "not to be seen"
     return Kept(
         "unknown",
@@ -270,7 +270,7 @@ def _close_or_keep(ctx: Context, gone: Gone, proofs: dict[int, Any]) -> Outcome:
             if proof.absent is False:
                 # A VM has the VMID: ours (it moved, or the delete had no effect), or already somebody else's. Only its
                 # configuration can tell.
-                ctx.cluster.vms(fresh=True)
+                ctx.cluster.list_vms(fresh=True)
                 again = locate(ctx, sandbox) if sandbox.smbios_uuid else Located(None, {}, None)
                 if again.verdict is None or again.verdict.identity != identity.FOREIGN:
                     raise _explain_kept(ctx, gone)

@@ -245,7 +245,7 @@ def find_leftovers(ctx: Context, handled: Collection[str] = ()) -> list[Sandbox]
     waiting = [sandbox for sandbox in ctx.records.find_all([states.TIMEOUT]) if sandbox.uuid not in handled]
     if not waiting:
         return []
-    rows = ctx.cluster.vms()
+    rows = ctx.cluster.list_vms()
     return [sandbox for sandbox in waiting if rows.get(sandbox.vmid, {}).get("status") == "running"]
 
 

@@ -18,4 +18,4 @@ def clear(ctx: Context, claim: Claim, sandbox: Sandbox) -> None:
     Raises Kept when that is not possible; the record then stays as it is.
     """
     snippets.remove(ctx, sandbox)
-    workspace_disk.released(ctx, claim, sandbox)
+    workspace_disk.free_workspace(ctx, claim, sandbox)

@@ -75,7 +75,7 @@ class NodeChoice:
         self._rules = ctx.config.placement
         self.decision: Decision | None = None
         self.template: templates.Template | None = None
-        read = ctx.cluster.capacity()
+        read = ctx.cluster.read_capacity()
         self._sources = self._find_sources(read)
         self._nodes = {name: self._prepare_node(node, read, failed or {}) for name, node in read.nodes.items()}
         self._looked_at: dict[str, templates.Template] = {}
@@ -95,7 +95,7 @@ class NodeChoice:
             own = {}
         else:
             own = {node: (vmid, node) for vmid, node in named.items()}
-            online = ctx.cluster.nodes()
+            online = ctx.cluster.list_nodes()
             if all(node in own for node, up in online.items() if up):
                 return own
             vmid, node = next(((vmid, node) for vmid, node in sorted(named.items()) if online.get(node)), (0, ""))
@@ -111,7 +111,7 @@ class NodeChoice:
     def _prepare_node(self, node: Node, read: capacity.Capacity, failed: Mapping[str, str]) -> Node:
         """Return the node with the reason, if there is one, why it cannot take the sandbox."""
         ctx, spec, workspace = self._ctx, self._spec, self._workspace
-        online = ctx.cluster.nodes()
+        online = ctx.cluster.list_nodes()
         refused = None
         if node.name in failed:
             refused = "failed", failed[node.name]
@@ -168,7 +168,7 @@ class NodeChoice:
             node = dataclasses.replace(node, storage=storage or own, disk=self._wish.disk if full or storage else 0)
         bridges = _list_bridges(spec, config or {})
         if bridges and (spec.bridge or spec.second_bridge or name != owner):
-            node_bridges = ctx.once(("bridges", name), lambda: capacity.bridges(ctx.client, name))
+            node_bridges = ctx.once(("bridges", name), lambda: capacity.read_bridges(ctx.client, name))
             if node_bridges is not None and not bridges <= node_bridges:
                 missing = ", ".join(sorted(bridges - node_bridges))
                 node = dataclasses.replace(node, refused=("bridge", f"it has no bridge or vnet {missing}"))

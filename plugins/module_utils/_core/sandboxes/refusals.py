@@ -76,7 +76,7 @@ def judge_refusal(error: ApiError | TaskFailed, attempt: Attempt) -> Judgement:
     # Another VM has the VMID, so nothing of ours is there.
     vmid_taken = exists and (isinstance(error, ApiError) or _VM_EXISTS.search(text) is not None)
     refused_at_once = isinstance(error, ApiError) and not attempt.has_task
-    locked = isinstance(error, TaskFailed) and answers.not_begun(text)
+    locked = isinstance(error, TaskFailed) and answers.is_not_begun(text)
     if locked and attempt.tries < _CLONE_TRIES and attempt.vmid_is_free is not False:
         return Judgement(Step.WAIT, nothing_made=True) if attempt.vmid_is_free else Judgement(Step.PROVE_ABSENCE)
     if vmid_taken and attempt.doubtful:
@@ -122,7 +122,7 @@ def explain(ctx: Context, spec: Spec, node: str | None, template: object, error:
         text, path = error.exitstatus, ""
     else:
         return None
-    if answers.storage_full(error.message):
+    if answers.is_storage_full(error.message):
         # The storage's own error stands only in the task log, which is part of this message.
         return f"{error.message}, or give another storage{'' if spec.full_clone else ' with full_clone=true'}"
     status = f"{error.status} " if isinstance(error, ApiError) else ""

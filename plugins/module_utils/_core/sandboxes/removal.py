@@ -33,7 +33,7 @@ from ..errors import (
 )
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
-from ..proxmox.answers import LOCK_PAUSE, changed, not_begun
+from ..proxmox.answers import LOCK_PAUSE, is_config_changed, is_not_begun
 from ..store.journal import (
     DELETING,
     DETACHING,
@@ -185,7 +185,7 @@ class Removal:
         self._before = current
         if current.generation != self._planned.generation:
             # Another run changed the sandbox while we waited, so the cached VM list is out of date.
-            ctx.cluster.vms(fresh=True)
+            ctx.cluster.list_vms(fresh=True)
         self._write_journal(VERIFYING)
         if was_never_cloned(current, self._note.creation):
             _look_before_closing(ctx, current)
@@ -257,7 +257,7 @@ class Removal:
             # Those requests took time, and a stop takes no digest. Judge the VM again directly before it.
             located = self._locate_vm()
             if not located.match:
-                ctx.cluster.vms(fresh=True)
+                ctx.cluster.list_vms(fresh=True)
                 return Next.LOOK_AGAIN
         return located
 
@@ -279,7 +279,7 @@ class Removal:
             self._ctx.client.awaits_tasks
             and not self._stopped
             and str((self._ctx.cluster.find(self._sandbox.vmid) or {}).get("status")) == "stopped"
-            and workspace_disk.records(self._ctx).find_of_sandbox(self._sandbox.uuid) is None
+            and workspace_disk.open_records(self._ctx).find_of_sandbox(self._sandbox.uuid) is None
         )
 
     def _refuse_running(self, located: Located) -> Next:
@@ -309,7 +309,7 @@ class Removal:
             return Next.GO_ON
         if (
             str(located.row.get("status")) == "stopped"
-            and workspace_disk.records(self._ctx).find_of_sandbox(self._sandbox.uuid) is None
+            and workspace_disk.open_records(self._ctx).find_of_sandbox(self._sandbox.uuid) is None
         ):
             return Next.GO_ON
         self._write_journal(STOPPING)
@@ -336,7 +336,7 @@ class Removal:
         Returns LOOK_AGAIN after a workspace was taken off. Raises Kept for a VM that names another one.
         """
         ctx = self._ctx
-        own = workspace_disk.records(ctx).find_of_sandbox(self._sandbox.uuid)
+        own = workspace_disk.open_records(ctx).find_of_sandbox(self._sandbox.uuid)
         if own is not None:
             # Protecting the sandbox from here on is too late: it would be kept without its workspace.
             self._write_journal(DETACHING, unprotected=True)
@@ -416,7 +416,7 @@ class Removal:
         vmid = self._sandbox.vmid
         if self._has_moved_on(error):
             return Next.LOOK_AGAIN
-        if changed(error.text):
+        if is_config_changed(error.text):
             raise Kept(
                 "changed", f"sandbox {vmid}: its VM's configuration keeps changing; it was left alone, run again"
             ) from None
@@ -433,13 +433,13 @@ class Removal:
         ctx = self._ctx
         if "is running" in error.text and not self._last:
             # The list lags, or a person started the VM meanwhile: judge it again, then stop it.
-            ctx.cluster.vms(fresh=True).get(self._sandbox.vmid, {})["status"] = "running"
+            ctx.cluster.list_vms(fresh=True).get(self._sandbox.vmid, {})["status"] = "running"
             self._stopped = False
             return Next.LOOK_AGAIN
         if "does not exist" in error.text:
-            ctx.cluster.vms(fresh=True)
+            ctx.cluster.list_vms(fresh=True)
             return Next.LOOK_AGAIN
-        if not_begun(error.text) and not self._last:
+        if is_not_begun(error.text) and not self._last:
             ctx.clock.sleep(LOCK_PAUSE)
             return Next.LOOK_AGAIN
         raise error
@@ -461,9 +461,9 @@ class Removal:
         """Return whether the VM moved, changed or was deleted since its verdict. Always False in the last round."""
         # Proxmox refuses a request with the first text. A task whose VM vanished meanwhile fails with the second.
         vanished = "does not exist" in error.message or "unable to find configuration file" in error.message
-        if self._last or not (vanished or changed(error.message)):
+        if self._last or not (vanished or is_config_changed(error.message)):
             return False
-        self._ctx.cluster.vms(fresh=True)
+        self._ctx.cluster.list_vms(fresh=True)
         return True
 
     def _look_again_or_raise(self, error: ApiError | TaskFailed) -> Next:
@@ -580,7 +580,7 @@ def _write_mark(ctx: Context, request: Request, located: Located) -> None:
     verdict = located.verdict
     if verdict is None or verdict.digest is None:
         raise Kept("unknown", "Proxmox gave no digest with the VM's configuration; without it nothing is deleted")
-    note = identity.deletion_note(verdict.config or {}, request.operation, clock_module.iso(ctx.clock.now()))
+    note = identity.add_deletion_note(verdict.config or {}, request.operation, clock_module.iso(ctx.clock.now()))
     ctx.client.put(f"{located.path}/config", description=note, digest=verdict.digest)
 
 

@@ -69,7 +69,7 @@ def find(ctx: Context, identifier: str | None, node: str | None = None) -> Templ
         raise InvalidInput(
             "template: missing; give the VMID or name of a template (or set it in the configuration)", option="template"
         )
-    rows = ctx.cluster.vms()
+    rows = ctx.cluster.list_vms()
     number = _parse_vmid(identifier)
     if number is not None and number in rows:
         return _read_template(ctx, number)
@@ -115,7 +115,7 @@ def find(ctx: Context, identifier: str | None, node: str | None = None) -> Templ
 
 def _list_offline_nodes(ctx: Context) -> list[str]:
     try:
-        return sorted(name for name, online in ctx.cluster.nodes().items() if not online)
+        return sorted(name for name, online in ctx.cluster.list_nodes().items() if not online)
     except AccessDenied:
         # Only Sys.Audit on / shows which nodes are offline.
         return []
@@ -142,7 +142,7 @@ def _list_visible_templates(ctx: Context, offline: list[str]) -> str:
     """Return the templates that are not on ``offline`` nodes, for messages."""
     names = [
         f"{vmid} ({row['name']})" if row.get("name") else str(vmid)
-        for vmid, row in sorted(ctx.cluster.vms().items())
+        for vmid, row in sorted(ctx.cluster.list_vms().items())
         if _is_template(row) and row.get("node") not in offline
     ]
     return ", ".join(names) or "none that these credentials may see"
@@ -155,7 +155,7 @@ def _parse_vmid(identifier: str) -> int | None:
 
 def find_by_name(ctx: Context, identifier: str) -> dict[int, str]:
     """Return the templates of that name as {VMID: node}; empty when ``identifier`` is a VMID."""
-    rows = ctx.cluster.vms()
+    rows = ctx.cluster.list_vms()
     number = _parse_vmid(identifier)
     if number is not None and number in rows:
         return {}
@@ -185,7 +185,7 @@ def _make_no_template_error(vmid: int, kind: str, identifier: str) -> InvalidInp
 
 def _read_template(ctx: Context, vmid: int) -> Template:
     """Return the template with this VMID of the VM list. Raises InvalidInput for a VM that is no template."""
-    row = ctx.cluster.vms()[vmid]
+    row = ctx.cluster.list_vms()[vmid]
     if row.get("type") != "qemu":
         raise _make_no_template_error(vmid, str(row.get("type")), str(vmid))
     template = read(ctx, vmid, str(row.get("node")), listed=_is_template(row))
@@ -198,7 +198,7 @@ def _search_unclear_rows(ctx: Context, identifier: str) -> dict[int, str]:
     """Return the templates of that name as {VMID: node}, among the VMs that the list describes incompletely."""
     unclear = [
         vmid
-        for vmid, row in sorted(ctx.cluster.vms().items())
+        for vmid, row in sorted(ctx.cluster.list_vms().items())
         if row.get("type") == "qemu"
         and (not row.get("name") or row.get("name") == identifier)
         and not _is_template(row)
@@ -206,7 +206,7 @@ def _search_unclear_rows(ctx: Context, identifier: str) -> dict[int, str]:
     nodes = {}
     for vmid in unclear[:_MOST_READ]:
         try:
-            template = read(ctx, vmid, str(ctx.cluster.vms()[vmid].get("node")), listed=False)
+            template = read(ctx, vmid, str(ctx.cluster.list_vms()[vmid].get("node")), listed=False)
         except (InvalidInput, ProxmoxError):
             # A node that does not answer is reported below.
             continue
@@ -240,7 +240,7 @@ def read(ctx: Context, vmid: int, node: str, *, listed: bool = True) -> Template
         error.detail.setdefault("option", "template")
         raise
     except ApiError as error:
-        moved = ctx.cluster.vms(fresh=True).get(vmid, {}).get("node")
+        moved = ctx.cluster.list_vms(fresh=True).get(vmid, {}).get("node")
         if "does not exist" in error.text and moved is not None and str(moved) != node:
             return read(ctx, vmid, str(moved), listed=listed)
         unknown = f"template: VM {vmid} on node {node} cannot be read, so whether it is a template is not known"
@@ -338,7 +338,7 @@ def check_cores(ctx: Context, cores: int, config: dict[str, Any], node: str, own
     ``owner`` names the owner of the configuration in the message: ``template`` or ``VM``.
     """
     try:
-        known = ctx.cluster.cpus(node)
+        known = ctx.cluster.count_cpus(node)
     except AccessDenied:
         return
     sockets = re.fullmatch(r"\d{1,3}", str(config.get("sockets") or "1"))

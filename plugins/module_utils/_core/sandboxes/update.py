@@ -235,8 +235,8 @@ class _Plan:
             "cores": lambda value: (_read_number(config.get("cores"), 1), {"cores": value}),
             "memory": lambda value: (_read_number(config.get("memory"), 512), vm_config.compute_memory(value, config)),
             "description": lambda value: (
-                identity.own_text(config),
-                {"description": identity.described(config, value)},
+                identity.read_own_text(config),
+                {"description": identity.replace_text(config, value)},
             ),
         }
         for name, value in requested.items():

@@ -16,7 +16,7 @@ from ..context import Context
 from ..errors import ApiError, Kept, ProxmoxError
 from ..model import Sandbox
 from ..proxmox import identity
-from ..proxmox.tasks import started_at
+from ..proxmox.tasks import read_start_time
 from ..store.journal import AWAITED, CreationNote, JournalEntry
 from ..store.records import Claim
 from .locate import Located, locate
@@ -59,14 +59,14 @@ def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created:
     if request is None or not _has_our_clone_ended_well(ctx, request):
         verdict.identity = identity.AMBIGUOUS
         return located
-    smbios = identity.smbios_uuid(verdict.config or {})
+    smbios = identity.read_smbios_uuid(verdict.config or {})
     if smbios is None:
         verdict.identity = identity.AMBIGUOUS
         return located
     if claim is not None:
         bind(ctx, claim, sandbox, smbios, located)
     verdict.identity = identity.MATCH
-    ctx.cluster.seen_ours(sandbox.vmid)
+    ctx.cluster.note_own_vm(sandbox.vmid)
     return located
 
 
@@ -148,7 +148,7 @@ def _list_clones(ctx: Context, created: CreationNote) -> list[dict[str, Any]]:
         for row in rows
         if row.get("type") == "qmclone"
         and str(row.get("id")) == str(created.template)
-        and started_at(str(row.get("upid"))) >= since
+        and read_start_time(str(row.get("upid"))) >= since
         and login in (str(row.get("user")), f"{row.get('user')}!{row.get('tokenid')}")
     ]
 
@@ -170,7 +170,7 @@ def _list_running_clones(ctx: Context, sandbox: Sandbox, created: CreationNote) 
         for row in _list_clones(ctx, created)
         if row.get("status") in (None, "", "RUNNING", "running")
         and not row.get("endtime")
-        and started_at(str(row.get("upid"))) <= until
+        and read_start_time(str(row.get("upid"))) <= until
         and row.get("upid") not in other_tasks
     ]
 

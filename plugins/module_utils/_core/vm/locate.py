@@ -14,7 +14,7 @@ from ..context import Context
 from ..errors import ApiError, Kept, ProxmoxError, TaskFailed, Unreachable
 from ..model import Sandbox
 from ..proxmox import identity
-from ..proxmox.answers import LOCK_PAUSE, changed, not_begun
+from ..proxmox.answers import LOCK_PAUSE, is_config_changed, is_not_begun
 
 # A task of a killed run, or a person, may change the configuration between verdict and write. After this number of
 # attempts that each met a change, waiting longer is useless.
@@ -116,7 +116,7 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
 def _judge_config(ctx: Context, sandbox: Sandbox, node: str, row: dict[str, Any], config: dict[str, Any]) -> Located:
     verdict = identity.judge(sandbox.uuid, sandbox.smbios_uuid, config)
     if verdict.identity == identity.MATCH:
-        ctx.cluster.seen_ours(sandbox.vmid)
+        ctx.cluster.note_own_vm(sandbox.vmid)
     return Located(node, row, verdict, (ctx.client.requests_sent, ctx.clock.monotonic()))
 
 
@@ -128,7 +128,7 @@ def _make_silent_node_error(sandbox: Sandbox, node: str, error: Unreachable) -> 
 
 
 def _make_unreadable_error(ctx: Context, sandbox: Sandbox, node: str, error: ApiError) -> Kept:
-    if not ctx.cluster.node_online(node):
+    if not ctx.cluster.is_node_online(node):
         return Kept(
             "node_offline", f"sandbox {sandbox.vmid}: node {node} is offline; left as it is until the node is back"
         )
@@ -285,10 +285,10 @@ def write_with_digest(ctx: Context, sandbox: Sandbox, located: Located, write: C
         except (ApiError, TaskFailed) as error:
             # A resize reports a changed configuration in its task, not in its answer.
             text = error.text if isinstance(error, ApiError) else error.exitstatus
-            if isinstance(error, TaskFailed) and not_begun(text):
+            if isinstance(error, TaskFailed) and is_not_begun(text):
                 # The task of a killed run has the lock.
                 ctx.clock.sleep(LOCK_PAUSE)
-            elif not changed(text):
+            elif not is_config_changed(text):
                 raise
         located = require_match(ctx, sandbox)
     raise Kept(

@@ -27,7 +27,7 @@ from ..errors import (
     TaskUnknown,
 )
 from ..model import Outcome, Sandbox
-from ..proxmox.answers import LOCK_PAUSE, not_begun
+from ..proxmox.answers import LOCK_PAUSE, is_not_begun
 from ..store.journal import REQUESTED
 from ..store.records import Claim
 from . import address
@@ -377,7 +377,9 @@ def _run_task(
             return upids, ctx.tasks.wait(upid, label, ctx.wait_timeout)
         except (ApiError, TaskFailed) as error:
             # The task did not begin: Proxmox VE's clean-up after a stop may hold the VM's lock for up to 30 s.
-            if tries >= _LOCK_TRIES or not not_begun(error.text if isinstance(error, ApiError) else error.exitstatus):
+            if tries >= _LOCK_TRIES or not is_not_begun(
+                error.text if isinstance(error, ApiError) else error.exitstatus
+            ):
                 raise
         ctx.clock.sleep(LOCK_PAUSE)
 

@@ -26,23 +26,23 @@ from ..vm.locate import refuse_locked, require_match, write_with_digest
 from .workspace_disk import (
     UNITS,
     WorkspaceRefused,
-    already_held,
     assign,
     attach,
-    attached_vms,
     check_node,
     detach_volume,
-    exists,
-    missing,
-    naming,
-    node_for,
-    records,
+    find_attached_vms,
+    find_keys,
+    find_node,
+    find_slot,
+    find_volume,
+    free_workspace,
+    is_missing,
+    make_held_error,
+    open_records,
+    read_drives,
     refuse_snapshots,
-    released,
-    rows_of,
     select,
     show_size,
-    slot_of,
 )
 
 STATES = store.STATES
@@ -93,13 +93,13 @@ def check_name(name: str) -> None:
 # ---- creating and growing ----
 
 
-def present(
+def ensure_present(
     ctx: Context, name: str, *, size: object = None, storage: str | None = None, node: str | None = None
 ) -> WorkspaceResult:
     """Make sure that the workspace exists, and return the outcome. An existing workspace can only grow."""
     check_name(name)
     size_bytes = None if size is None else parse_size(size)
-    disk = records(ctx).find(name)
+    disk = open_records(ctx).find(name)
     if disk is None:
         return _create(ctx, name, size_bytes, storage, node)
     if storage is not None and storage != disk.storage:
@@ -133,7 +133,7 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
         raise InvalidInput(
             "storage: missing; give the storage for the workspace (or set it in the configuration)", option="storage"
         )
-    nodes = ctx.cluster.nodes()
+    nodes = ctx.cluster.list_nodes()
     # ``node: auto`` chooses a node for each sandbox. A workspace on local storage stays on the node where it was made.
     configured = None if ctx.config.node == AUTO else ctx.config.node
     node = node or configured or next(iter(sorted(name for name, up in nodes.items() if up)), None)
@@ -164,13 +164,13 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
     shared = str(row.get("shared", 0)) == "1"
     suffix = _FILES.get(str(row.get("type")), "")
     ctx.cluster.confirm(creating=True)
-    disk = records(ctx).reserve(
+    disk = open_records(ctx).reserve(
         name,
         size=size,
         storage=storage,
         node=None if shared else node,
         owners=ctx.config.workspace_owner_range,
-        occupied=set(ctx.cluster.vms()),
+        occupied=set(ctx.cluster.list_vms()),
         suffix=suffix,
         folder=bool(suffix),
     )
@@ -184,15 +184,15 @@ def _allocate(ctx: Context, disk: Workspace, node: str | None = None, *, first: 
 
     ``first``: no other run has sent the request. A refusal then proves that there is no volume, and ends the record.
     """
-    node = node or node_for(ctx, disk)
-    row = exists(ctx, disk, node)
+    node = node or find_node(ctx, disk)
+    row = find_volume(ctx, disk, node)
     if row is None:
         try:
             _require_free_owner(ctx, disk, node)
             if not first:
                 # From here on this request is the one whose outcome is unknown. doubt_window starts again, so no other
                 # run gives the record up meanwhile.
-                disk = records(ctx).change(disk, "create", outcome="decided", reason="allocating")
+                disk = open_records(ctx).change(disk, "create", outcome="decided", reason="allocating")
             # This request accepts no unit above G, so give the size in MiB.
             answer = ctx.client.post(
                 f"nodes/{node}/storage/{disk.storage}/content",
@@ -203,7 +203,7 @@ def _allocate(ctx: Context, disk: Workspace, node: str | None = None, *, first: 
         except ApiError as error:
             if "already exists" not in error.text:
                 if first:
-                    _give_up(ctx, disk, error)
+                    _give_creation_up(ctx, disk, error)
                 raise
             answer = disk.volume
         except WorkspaceRefused as error:
@@ -213,20 +213,20 @@ def _allocate(ctx: Context, disk: Workspace, node: str | None = None, *, first: 
                     f"{error.message}; agentlab_reconcile gives this one up once its volume can come no more "
                     "(doubt_window), and a run after that takes another VMID"
                 ) from None
-            _give_up(ctx, disk, error)
+            _give_creation_up(ctx, disk, error)
             raise WorkspaceRefused(f"{error.message}; run again for another VMID") from None
         if answer != disk.volume:
             raise OutcomeUnknown(
                 f"{disk.title}: Proxmox answered {str(answer)[:80]!r} where {disk.volume!r} was expected; run again"
             )
-        row = exists(ctx, disk, node)
+        row = find_volume(ctx, disk, node)
         if row is None:
             raise OutcomeUnknown(
                 f"{disk.title}: {disk.volume} was allocated, but the storage does not list it: grant "
                 "Datastore.Allocate, Datastore.AllocateSpace and Datastore.Audit together on "
                 f"/storage/{disk.storage}, then run again"
             )
-    return records(ctx).change(
+    return open_records(ctx).change(
         disk,
         "create",
         to=store.DETACHED,
@@ -257,8 +257,8 @@ def _require_free_owner(ctx: Context, disk: Workspace, node: str) -> None:
         )
 
 
-def _give_up(ctx: Context, disk: Workspace, error: AgentlabError) -> None:
-    records(ctx).change(
+def _give_creation_up(ctx: Context, disk: Workspace, error: AgentlabError) -> None:
+    open_records(ctx).change(
         disk,
         "create",
         to=store.DELETED,
@@ -279,8 +279,8 @@ def _grow(ctx: Context, disk: Workspace, size_bytes: int) -> WorkspaceResult:
     with ctx.claimed(ctx.records.get(disk.sandbox_uuid), "grow_workspace") as (claim, sandbox):
         located = require_match(ctx, sandbox)
         refuse_locked(sandbox, located)
-        slot = slot_of(ctx, sandbox, located, disk)
-        disk = records(ctx).change(
+        slot = find_slot(ctx, sandbox, located, disk)
+        disk = open_records(ctx).change(
             disk, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": disk.size, "to": size_bytes}
         )
         # An absolute size is idempotent, so the request can be repeated.
@@ -291,38 +291,38 @@ def _grow(ctx: Context, disk: Workspace, size_bytes: int) -> WorkspaceResult:
             lambda now: power.resize(
                 ctx,
                 now,
-                slot if now is located else slot_of(ctx, sandbox, now, disk),
+                slot if now is located else find_slot(ctx, sandbox, now, disk),
                 show_size(size_bytes),
                 f"grow {disk.title}",
             ),
         )
-        row = exists(ctx, disk, str(located.node))
+        row = find_volume(ctx, disk, str(located.node))
         size = int((row or {}).get("size") or size_bytes)
-        grown = records(ctx).change(disk, "grow", claim=claim, reason="grown", size=size, evidence={"size": size})
+        grown = open_records(ctx).change(disk, "grow", claim=claim, reason="grown", size=size, evidence={"size": size})
     return WorkspaceResult("grown", grown, True)
 
 
 # ---- attaching and detaching ----
 
 
-def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None) -> WorkspaceResult:
+def ensure_attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None) -> WorkspaceResult:
     """Make sure that the sandbox has the workspace.
 
     Take it over if its lease is over and its holder's VM does not run.
     """
     disk = select(ctx, which)
     if disk.state == store.ATTACHED and disk.sandbox_uuid == sandbox.uuid:
-        slot_of(ctx, sandbox, require_match(ctx, sandbox), disk)
-        return _renew(ctx, disk, ttl)
+        find_slot(ctx, sandbox, require_match(ctx, sandbox), disk)
+        return _renew_lease(ctx, disk, ttl)
     if sandbox.state not in _USABLE:
         raise WorkspaceRefused(
             f"cannot attach {disk.title} to sandbox {sandbox.vmid} in {sandbox.state} state. Valid states: "
             f"{', '.join(_USABLE)}"
         )
     if disk.sandbox_uuid is not None and disk.sandbox_uuid != sandbox.uuid:
-        _check_over(ctx, disk)
+        _require_lease_over(ctx, disk)
         if not ctx.dry_run:
-            disk = detached(ctx, disk.id, only_stopped=True).workspace or disk
+            disk = ensure_detached(ctx, disk.id, only_stopped=True).workspace or disk
     if ctx.dry_run:
         check_node(disk, sandbox.node)
         return WorkspaceResult("would_attach", disk, True)
@@ -340,9 +340,9 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
             attached_disk = attach(ctx, claim, current, located, assigned)
         except (WorkspaceRefused, Kept) as error:
             # Detach only if no request was sent, or its answer is known. The next run settles every other case.
-            if isinstance(error, WorkspaceRefused) or records(ctx).get(assigned.id).slot is None:
+            if isinstance(error, WorkspaceRefused) or open_records(ctx).get(assigned.id).slot is None:
                 try:
-                    _let_go(ctx, claim, current, assigned, error)
+                    _free_refused(ctx, claim, current, assigned, error)
                 except Kept as still:
                     raise WorkspaceRefused(
                         f"{error.message}. Until that is certain nobody else gets it: {still.message}",
@@ -352,11 +352,11 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
     return WorkspaceResult("attached", attached_disk, True)
 
 
-def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, assigned: Workspace, error: AgentlabError) -> None:
+def _free_refused(ctx: Context, claim: Claim, sandbox: Sandbox, assigned: Workspace, error: AgentlabError) -> None:
     """Free the workspace after an attachment that was refused, or that has to be undone."""
-    disk = records(ctx).get(assigned.id)
+    disk = open_records(ctx).get(assigned.id)
     if disk.state == store.ATTACHING and disk.slot is None:
-        records(ctx).change(
+        open_records(ctx).change(
             disk,
             "attach",
             to=store.DETACHED,
@@ -372,23 +372,23 @@ def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, assigned: Workspace, e
     detach_volume(ctx, claim, sandbox, require_match(ctx, sandbox), disk, sure=assigned.slot is None)
 
 
-def _renew(ctx: Context, disk: Workspace, ttl: int | None) -> WorkspaceResult:
+def _renew_lease(ctx: Context, disk: Workspace, ttl: int | None) -> WorkspaceResult:
     until = None if ttl is None else ctx.clock.now() + ttl
     if until is None or until - (disk.lease_expires_at or 0) < 60:
         return WorkspaceResult("unchanged", disk)
     if ctx.dry_run:
         return WorkspaceResult("would_renew", disk, True)
     return WorkspaceResult(
-        "renewed", records(ctx).change(disk, "renew_lease", reason="renewed", lease_expires_at=until), True
+        "renewed", open_records(ctx).change(disk, "renew_lease", reason="renewed", lease_expires_at=until), True
     )
 
 
-def _check_over(ctx: Context, disk: Workspace) -> None:
+def _require_lease_over(ctx: Context, disk: Workspace) -> None:
     if disk.lease_expires_at is None or disk.lease_expires_at > ctx.clock.now():
-        raise already_held(ctx, disk)
+        raise make_held_error(ctx, disk)
 
 
-def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> WorkspaceResult:
+def ensure_detached(ctx: Context, which: str, *, only_stopped: bool = False) -> WorkspaceResult:
     """Make sure that no sandbox has the workspace, and return the outcome.
 
     The guest must unmount the disk first: data that the guest has not written yet is lost.
@@ -397,21 +397,21 @@ def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Workspa
     if disk.state == store.DETACHED:
         return WorkspaceResult("unchanged", disk)
     if disk.sandbox_uuid is None:
-        raise already_held(ctx, disk)
+        raise make_held_error(ctx, disk)
     sandbox = ctx.records.get(disk.sandbox_uuid)
     if ctx.dry_run:
         if sandbox.live and sandbox.smbios_uuid is not None:
             refuse_snapshots(ctx, sandbox, require_match(ctx, sandbox), disk)
         return WorkspaceResult("would_detach", disk, True)
     with ctx.claimed(sandbox, "detach_workspace") as (claim, current):
-        disk = records(ctx).get(disk.id)
+        disk = open_records(ctx).get(disk.id)
         if disk.sandbox_uuid != current.uuid:
             return WorkspaceResult("unchanged", disk)
         if not current.live:
-            return WorkspaceResult("detached", released(ctx, claim, current) or disk, True)
+            return WorkspaceResult("detached", free_workspace(ctx, claim, current) or disk, True)
         if only_stopped:
             # The lease may have been renewed since the caller looked at it.
-            _check_over(ctx, disk)
+            _require_lease_over(ctx, disk)
         if current.smbios_uuid is None:
             raise WorkspaceRefused(
                 f"{disk.title}: the creation of sandbox {current.vmid} is not finished; finish or destroy it first"
@@ -428,13 +428,13 @@ def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Workspa
 # ---- deleting ----
 
 
-def absent(ctx: Context, which: str, *, force: bool) -> WorkspaceResult:
+def ensure_absent(ctx: Context, which: str, *, force: bool) -> WorkspaceResult:
     """Delete a workspace and its data. Needs ``force``, and a workspace that is detached and attached to no VM."""
-    disk = records(ctx).find(which)
+    disk = open_records(ctx).find(which)
     if disk is None:
         return WorkspaceResult("not_found", None)
     if disk.state not in (store.DETACHED, store.CREATING, store.DELETING):
-        raise already_held(ctx, disk)
+        raise make_held_error(ctx, disk)
     if disk.state == store.DETACHED and not force:
         raise WorkspaceRefused(
             f"{disk.title} holds {show_size(disk.size)} of data on {disk.volume}, which would be lost",
@@ -447,7 +447,7 @@ def absent(ctx: Context, which: str, *, force: bool) -> WorkspaceResult:
             f"{disk.title}: its creation was begun {age} s ago and may still be carried out; run again in "
             f"{ctx.config.doubt_window - age} s (doubt_window)",
         )
-    having = attached_vms(ctx, disk)
+    having = find_attached_vms(ctx, disk)
     if having:
         raise WorkspaceRefused(
             f"{disk.title}: VM {having[0]} has its volume {disk.volume} attached; it was not deleted", vmid=having[0]
@@ -460,31 +460,31 @@ def absent(ctx: Context, which: str, *, force: bool) -> WorkspaceResult:
         )
     if disk.state != store.DELETING:
         # Raise Kept now if the storage cannot show the volume: after DELETING there is no way back.
-        missing(ctx, disk, node_for(ctx, disk))
+        is_missing(ctx, disk, find_node(ctx, disk))
     if ctx.dry_run:
         return WorkspaceResult("would_delete", disk, True)
     if disk.state != store.DELETING:
-        disk = records(ctx).change(
+        disk = open_records(ctx).change(
             disk, "delete", to=store.DELETING, outcome="decided", reason="delete", evidence={"volume": disk.volume}
         )
     return WorkspaceResult("deleted", _delete(ctx, disk), True)
 
 
 def _delete(ctx: Context, disk: Workspace) -> Workspace:
-    node = node_for(ctx, disk)
+    node = find_node(ctx, disk)
     upids: tuple[str, ...] = ()
-    present = not missing(ctx, disk, node)
+    present = not is_missing(ctx, disk, node)
     # The name contains the workspace's id, so the listed volume is ours.
     if present:
         answer = ctx.client.delete(f"nodes/{node}/storage/{disk.storage}/content/{disk.volume}")
         if isinstance(answer, str) and answer.startswith("UPID:"):
             upids = (answer,)
             ctx.tasks.wait(answer, f"delete {disk.volume}", ctx.wait_timeout)
-        if not missing(ctx, disk, node):
+        if not is_missing(ctx, disk, node):
             raise OutcomeUnknown(
                 f"{disk.title}: its volume {disk.volume} is still there after it was deleted; run again"
             )
-    return records(ctx).change(
+    return open_records(ctx).change(
         disk,
         "delete",
         to=store.DELETED,
@@ -509,27 +509,29 @@ def show(
     """Return {workspaces, count} from the records, and with ``verify`` what Proxmox says about each workspace."""
     disks = [
         disk
-        for disk in records(ctx).find_all(include_deleted=include_deleted or bool(states and store.DELETED in states))
+        for disk in open_records(ctx).find_all(
+            include_deleted=include_deleted or bool(states and store.DELETED in states)
+        )
         if name in (None, disk.name, disk.id) and (not states or disk.state in states)
     ]
 
-    def one_of(disk: Workspace) -> dict[str, Any]:
+    def describe_disk(disk: Workspace) -> dict[str, Any]:
         shown = disk.public()
         if events > 0:
-            shown["events"] = records(ctx).read_events(disk.id, events)
+            shown["events"] = open_records(ctx).read_events(disk.id, events)
         if verify and disk.live:
-            shown.update(_look(ctx, disk))
+            shown.update(_read_actual_state(ctx, disk))
         return shown
 
-    return {"workspaces": [one_of(disk) for disk in disks], "count": len(disks)}
+    return {"workspaces": [describe_disk(disk) for disk in disks], "count": len(disks)}
 
 
-def _look(ctx: Context, disk: Workspace) -> dict[str, Any]:
+def _read_actual_state(ctx: Context, disk: Workspace) -> dict[str, Any]:
     """Return {volume_present, attached_to, unknown}. Unknown values are None, with the reason in ``unknown``."""
     answer: dict[str, Any] = {"volume_present": None, "attached_to": None, "unknown": []}
     for name, look in (
-        ("volume_present", lambda: not missing(ctx, disk, node_for(ctx, disk))),
-        ("attached_to", lambda: attached_vms(ctx, disk)),
+        ("volume_present", lambda: not is_missing(ctx, disk, find_node(ctx, disk))),
+        ("attached_to", lambda: find_attached_vms(ctx, disk)),
     ):
         try:
             answer[name] = look()
@@ -544,30 +546,32 @@ def _look(ctx: Context, disk: Workspace) -> dict[str, Any]:
 def finish(ctx: Context, disk: Workspace) -> Workspace:
     """Finish or undo the operation of a killed run on a workspace, and return the record."""
     if disk.state == store.CREATING:
-        if not missing(ctx, disk, node_for(ctx, disk)):
+        if not is_missing(ctx, disk, find_node(ctx, disk)):
             return _allocate(ctx, disk)
-        return records(ctx).change(disk, "create", to=store.DELETED, outcome="failed", reason="creation_interrupted")
+        return open_records(ctx).change(
+            disk, "create", to=store.DELETED, outcome="failed", reason="creation_interrupted"
+        )
     if disk.state == store.DELETING:
-        return absent(ctx, disk.id, force=True).workspace or disk
+        return ensure_absent(ctx, disk.id, force=True).workspace or disk
     if disk.sandbox_uuid is None:
         return disk
     sandbox = ctx.records.get(disk.sandbox_uuid)
     with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
-        disk = records(ctx).get(disk.id)
+        disk = open_records(ctx).get(disk.id)
         if disk.sandbox_uuid != current.uuid or disk.state not in (*store.UNFINISHED, store.ATTACHED):
             return disk
         if not current.live:
-            return released(ctx, claim, current) or disk
+            return free_workspace(ctx, claim, current) or disk
         unfinished = claim.interrupted
         if current.smbios_uuid is None and unfinished is None and current.state not in sandbox_states.CREATING:
             # The creation was given up before its VM was bound. Only a bound VM gets a workspace, so no VM has the
             # volume.
-            return released(ctx, claim, current) or disk
+            return free_workspace(ctx, claim, current) or disk
         if current.smbios_uuid is None or (unfinished is not None and unfinished.kind in ("create", "destroy")):
             # The unfinished creation or destroy settles its workspace itself.
             return disk
         located = require_match(ctx, current)
-        if disk.state == store.ATTACHING and naming(rows_of(ctx, str(located.node), current.vmid), disk.volume):
+        if disk.state == store.ATTACHING and find_keys(read_drives(ctx, str(located.node), current.vmid), disk.volume):
             return attach(ctx, claim, current, located, disk)
         if disk.state == store.DETACHING and power.read_status(ctx, located).get("status") != "stopped":
             # Possibly a destroy that was given up, whose sandbox is used again. Never take a disk out of a running VM.

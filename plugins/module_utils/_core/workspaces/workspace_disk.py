@@ -52,7 +52,7 @@ def show_size(size: int) -> str:
     return f"{size // 1024}K"
 
 
-def records(ctx: Context) -> store.Workspaces:
+def open_records(ctx: Context) -> store.Workspaces:
     """Return the records of workspaces.
 
     They are no part of Context, so that modules without workspaces need not ship this code.
@@ -60,7 +60,7 @@ def records(ctx: Context) -> store.Workspaces:
     return store.Workspaces(ctx.records)
 
 
-def unfinished(ctx: Context) -> list[Workspace]:
+def list_unfinished(ctx: Context) -> list[Workspace]:
     """Return the workspaces with an unfinished operation that no run works on, and those of destroyed sandboxes."""
     now = ctx.clock.now()
 
@@ -69,14 +69,14 @@ def unfinished(ctx: Context) -> list[Workspace]:
             return True
         return workspace.state in store.UNFINISHED and not 0 <= now - workspace.updated_at < ctx.config.doubt_window
 
-    return [workspace for workspace in records(ctx).find_all() if is_left(workspace)]
+    return [workspace for workspace in open_records(ctx).find_all() if is_left(workspace)]
 
 
 def select(ctx: Context, which: str) -> Workspace:
     """Return the live workspace with that name or id. Raises NotFound."""
-    disk = records(ctx).find(which)
+    disk = open_records(ctx).find(which)
     if disk is None:
-        names = ", ".join(known.name for known in records(ctx).find_all()) or "none"
+        names = ", ".join(known.name for known in open_records(ctx).find_all()) or "none"
         raise NotFound(f"workspace not found ({which[:80]!r}). Workspaces: {names}", workspace=which[:80])
     return disk
 
@@ -84,12 +84,12 @@ def select(ctx: Context, which: str) -> Workspace:
 # ---- reading the present state ----
 
 
-def volumes_in(config: dict[str, Any]) -> dict[str, str]:
+def list_volumes(config: dict[str, Any]) -> dict[str, str]:
     """Return the volume ids in a VM's configuration by their key, including unused volumes."""
     return {key: str(value).partition(",")[0] for key, value in config.items() if _DRIVE.fullmatch(key)}
 
 
-def rows_of(ctx: Context, node: str, vmid: int) -> dict[str, dict[str, Any]]:
+def read_drives(ctx: Context, node: str, vmid: int) -> dict[str, dict[str, Any]]:
     """Return the VM's drives by key as {"value": present value, "pending": value after the next start}."""
     return {
         str(row.get("key")): row
@@ -98,7 +98,7 @@ def rows_of(ctx: Context, node: str, vmid: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def naming(rows: dict[str, dict[str, Any]], volume: str) -> list[str]:
+def find_keys(rows: dict[str, dict[str, Any]], volume: str) -> list[str]:
     """Return the keys that name the volume now or after the next start. Only with no such key is the volume off."""
     return [
         key
@@ -119,22 +119,22 @@ def _find_slot_in_use(rows: dict[str, dict[str, Any]], volume: str) -> str | Non
     )
 
 
-def exists(ctx: Context, disk: Workspace, node: str) -> dict[str, Any] | None:
+def find_volume(ctx: Context, disk: Workspace, node: str) -> dict[str, Any] | None:
     """Return the storage's entry for the volume, or None when it is not listed."""
     rows = ctx.client.get_list(f"nodes/{node}/storage/{disk.storage}/content", vmid=disk.owner_vmid)
     return next((row for row in rows if row.get("volid") == disk.volume), None)
 
 
-def missing(ctx: Context, disk: Workspace, node: str) -> bool:
+def is_missing(ctx: Context, disk: Workspace, node: str) -> bool:
     """Return whether the volume is proven to be missing.
 
     Raises Kept when the storage may omit the volume for another reason. Proxmox reports such a list as a success.
     """
-    if exists(ctx, disk, node) is not None:
+    if find_volume(ctx, disk, node) is not None:
         return False
     _require_sight(ctx, disk, node)
     # Look once more: a problem that was solved meanwhile no longer hides the volume.
-    return exists(ctx, disk, node) is None
+    return find_volume(ctx, disk, node) is None
 
 
 def _require_sight(ctx: Context, disk: Workspace, node: str) -> None:
@@ -156,8 +156,8 @@ def _require_sight(ctx: Context, disk: Workspace, node: str) -> None:
             "(pvesm status; pvesm set), then run again",
         )
     storage, owner = f"/storage/{disk.storage}", f"/vms/{disk.owner_vmid}"
-    if not ctx.cluster.holds(storage, "Datastore.Allocate") and not (
-        ctx.cluster.holds(storage, "Datastore.Audit") and ctx.cluster.holds(owner, "VM.Config.Disk")
+    if not ctx.cluster.has_privilege(storage, "Datastore.Allocate") and not (
+        ctx.cluster.has_privilege(storage, "Datastore.Audit") and ctx.cluster.has_privilege(owner, "VM.Config.Disk")
     ):
         raise Kept(
             "unknown",
@@ -166,22 +166,22 @@ def _require_sight(ctx: Context, disk: Workspace, node: str) -> None:
         )
 
 
-def node_for(ctx: Context, disk: Workspace) -> str:
+def find_node(ctx: Context, disk: Workspace) -> str:
     """Return a node that sees the storage: the workspace's own node, or any node that is online."""
     if disk.node is not None:
         return disk.node
-    online = sorted(node for node, up in ctx.cluster.nodes().items() if up)
+    online = sorted(node for node, up in ctx.cluster.list_nodes().items() if up)
     for node in online:
         if any(row.get("storage") == disk.storage for row in ctx.client.get_list(f"nodes/{node}/storage")):
             return node
     raise WorkspaceRefused(f"{disk.title}: no node that is online has its storage {disk.storage!r}")
 
 
-def attached_vms(ctx: Context, disk: Workspace) -> list[int]:
+def find_attached_vms(ctx: Context, disk: Workspace) -> list[int]:
     """Return the VMIDs of all VMs whose configuration names the volume. Raises Kept when a VM cannot be read."""
     rows = [
         (vmid, row)
-        for vmid, row in ctx.cluster.vms(fresh=True).items()
+        for vmid, row in ctx.cluster.list_vms(fresh=True).items()
         if row.get("type") == "qemu" and (disk.node is None or row.get("node") == disk.node)
     ]
 
@@ -189,19 +189,19 @@ def attached_vms(ctx: Context, disk: Workspace) -> list[int]:
         vmid, row = item
         for _attempt in range(_LOOKS):
             try:
-                listed = rows_of(ctx, str(row.get("node")), vmid)
+                listed = read_drives(ctx, str(row.get("node")), vmid)
             except ProxmoxError as error:
                 if not isinstance(error, ApiError) or "does not exist" not in error.text:
                     raise Kept(
                         "unknown", f"{disk.title}: whether VM {vmid} has it attached cannot be read: {error.message}"
                     ) from None
                 # That proves only that the VM is not on that node. It may be gone, or migrated.
-                again = ctx.cluster.vms(fresh=True).get(vmid)
+                again = ctx.cluster.list_vms(fresh=True).get(vmid)
                 if again is None or (disk.node is not None and again.get("node") != disk.node):
                     return None
                 row = again
                 continue
-            return vmid if naming(listed, disk.volume) else None
+            return vmid if find_keys(listed, disk.volume) else None
         raise Kept(
             "unknown",
             f"{disk.title}: whether VM {vmid} has it attached cannot be read: it is not on the node that lists it "
@@ -228,15 +228,17 @@ def require_full_sight(ctx: Context, disk: Workspace) -> None:
         )
 
 
-def in_snapshots(ctx: Context, located: Located, disk: Workspace) -> list[str]:
+def find_in_snapshots(ctx: Context, located: Located, disk: Workspace) -> list[str]:
     """Return the names of the VM's snapshots that contain the volume.
 
     A rollback to one would roll the workspace back.
     """
-    return [name for name, config in _snapshots(ctx, located).items() if disk.volume in volumes_in(config).values()]
+    return [
+        name for name, config in _read_snapshots(ctx, located).items() if disk.volume in list_volumes(config).values()
+    ]
 
 
-def _snapshots(ctx: Context, located: Located) -> dict[str, dict[str, Any]]:
+def _read_snapshots(ctx: Context, located: Located) -> dict[str, dict[str, Any]]:
     # Always read the list of snapshots. The configuration names only the parent snapshot, and may name none although
     # snapshots exist.
     names = [
@@ -245,9 +247,9 @@ def _snapshots(ctx: Context, located: Located) -> dict[str, dict[str, Any]]:
     return {name: ctx.client.get_dict(f"{located.path}/snapshot/{name}/config") for name in names}
 
 
-def slot_of(ctx: Context, sandbox: Sandbox, located: Located, disk: Workspace) -> str:
+def find_slot(ctx: Context, sandbox: Sandbox, located: Located, disk: Workspace) -> str:
     """Return the slot of an ATTACHED workspace. Raises WorkspaceRefused when the VM does not have it."""
-    slot = _find_slot_in_use(rows_of(ctx, str(located.node), sandbox.vmid), disk.volume)
+    slot = _find_slot_in_use(read_drives(ctx, str(located.node), sandbox.vmid), disk.volume)
     if slot is None:
         raise WorkspaceRefused(
             f"{disk.title}: sandbox {sandbox.vmid} does not have it attached any more (was it taken off by hand?); "
@@ -268,12 +270,12 @@ def assign(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, ttl: i
     if disk.sandbox_uuid == sandbox.uuid and disk.state in (store.ATTACHING, store.ATTACHED):
         return disk
     if disk.state != store.DETACHED:
-        raise already_held(ctx, disk)
-    other = records(ctx).find_of_sandbox(sandbox.uuid)
+        raise make_held_error(ctx, disk)
+    other = open_records(ctx).find_of_sandbox(sandbox.uuid)
     if other is not None:
         raise WorkspaceRefused(f"sandbox {sandbox.vmid} has {other.title} already; a sandbox has one workspace at most")
     until = sandbox.lease_expires_at if ttl is None else ctx.clock.now() + ttl
-    return records(ctx).change(
+    return open_records(ctx).change(
         disk,
         "attach",
         to=store.ATTACHING,
@@ -286,7 +288,7 @@ def assign(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, ttl: i
     )
 
 
-def already_held(ctx: Context, disk: Workspace) -> WorkspaceRefused:
+def make_held_error(ctx: Context, disk: Workspace) -> WorkspaceRefused:
     """Return the error for a workspace that another sandbox or a running operation has."""
     from .. import clock as clock_module
 
@@ -309,12 +311,12 @@ def already_held(ctx: Context, disk: Workspace) -> WorkspaceRefused:
     return WorkspaceRefused(f"{disk.title} is {disk.state}; run its task again to finish that first")
 
 
-def of_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str | None) -> Workspace | None:
+def assign_to_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str | None) -> Workspace | None:
     """Return the workspace of a sandbox being created, assigned from now on; None without one.
 
     A workspace that an earlier, killed run assigned is returned as well.
     """
-    disk = records(ctx).find_of_sandbox(sandbox.uuid)
+    disk = open_records(ctx).find_of_sandbox(sandbox.uuid)
     if disk is None and which is not None:
         disk = assign(ctx, claim, sandbox, select(ctx, which))
     return disk
@@ -323,7 +325,7 @@ def of_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str | None)
 def check_usable(ctx: Context, disk: Workspace, node: str) -> None:
     """Raise, before anything is created, if a new sandbox on that node could not have the workspace."""
     if disk.state != store.DETACHED:
-        raise already_held(ctx, disk)
+        raise make_held_error(ctx, disk)
     check_node(disk, node)
     require_full_sight(ctx, disk)
 
@@ -342,26 +344,26 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
         return disk
     check_node(disk, located.node)
     node = str(located.node)
-    if exists(ctx, disk, node) is None:
+    if find_volume(ctx, disk, node) is None:
         raise WorkspaceRefused(
             f"{disk.title}: its volume {disk.volume} is not to be seen on node {node}; it was removed, moved or "
             "renamed (move_disk?), or Datastore.Allocate (with Datastore.AllocateSpace and Datastore.Audit) is "
             f"missing on /storage/{disk.storage}"
         )
-    other_vmids = [vmid for vmid in attached_vms(ctx, disk) if vmid != sandbox.vmid]
+    other_vmids = [vmid for vmid in find_attached_vms(ctx, disk) if vmid != sandbox.vmid]
     if other_vmids:
         raise WorkspaceRefused(
             f"{disk.title}: VM {other_vmids[0]} has its volume {disk.volume} attached, though by no record of ours; it "
             "was not attached a second time. Take it off there first",
             vmid=other_vmids[0],
         )
-    listed = rows_of(ctx, node, sandbox.vmid)
-    slot = next(iter(naming(listed, disk.volume)), None)
+    listed = read_drives(ctx, node, sandbox.vmid)
+    slot = next(iter(find_keys(listed, disk.volume)), None)
     if slot is None:
         free = next((key for key in _SLOTS if key not in listed and key not in located.config), None)
         if free is None:
             raise WorkspaceRefused(f"sandbox {sandbox.vmid} has no free slot for a disk")
-        disk = records(ctx).change(disk, "attach", claim=claim, outcome="decided", reason="attaching", slot=free)
+        disk = open_records(ctx).change(disk, "attach", claim=claim, outcome="decided", reason="attaching", slot=free)
         # Backups and replication of a throw-away VM must not include the workspace.
         drive = f"{disk.volume},backup=0,replicate=0,serial={disk.serial},size={show_size(disk.size)}"
 
@@ -376,7 +378,7 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
 
         write_with_digest(ctx, sandbox, located, put_in)
         slot = free
-        listed = rows_of(ctx, node, sandbox.vmid)
+        listed = read_drives(ctx, node, sandbox.vmid)
     used = _find_slot_in_use(listed, disk.volume)
     if used is None:
         if slot.startswith("unused"):
@@ -396,7 +398,7 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
             "sandbox, then attach it"
         )
     slot = used
-    attached = records(ctx).change(
+    attached = open_records(ctx).change(
         disk,
         "attach",
         to=store.ATTACHED,
@@ -420,7 +422,7 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
 
 def refuse_snapshots(ctx: Context, sandbox: Sandbox, located: Located, disk: Workspace) -> None:
     """Raise Kept when a snapshot of the VM contains the workspace."""
-    names = in_snapshots(ctx, located, disk)
+    names = find_in_snapshots(ctx, located, disk)
     if names:
         raise Kept(
             "workspace_in_snapshot",
@@ -441,7 +443,7 @@ def detach_volume(
     """
     refuse_snapshots(ctx, sandbox, located, disk)
     node = str(located.node)
-    listed = naming(rows_of(ctx, node, sandbox.vmid), disk.volume)
+    listed = find_keys(read_drives(ctx, node, sandbox.vmid), disk.volume)
     age = ctx.clock.now() - disk.updated_at
     if not listed and not sure and disk.state == store.ATTACHING and 0 <= age < ctx.config.doubt_window:
         raise Kept(
@@ -450,7 +452,7 @@ def detach_volume(
             f"out; run again in {ctx.config.doubt_window - age} s (doubt_window)",
         )
     if disk.state != store.DETACHING:
-        disk = records(ctx).change(
+        disk = open_records(ctx).change(
             disk,
             "detach",
             to=store.DETACHING,
@@ -473,7 +475,7 @@ def detach_volume(
             slots = listed
             if now is not located:
                 refuse_snapshots(ctx, sandbox, now, disk)
-                slots = naming(rows_of(ctx, str(now.node), sandbox.vmid), disk.volume)
+                slots = find_keys(read_drives(ctx, str(now.node), sandbox.vmid), disk.volume)
             if slots:
                 ctx.client.put(f"{now.path}/config", digest=now.digest, delete=",".join(slots))
 
@@ -483,9 +485,9 @@ def detach_volume(
             if not _UNPLUG_REFUSED.search(error.text):
                 raise
             _undo_unplug(ctx, claim, sandbox, disk, listed)
-        _await_off(ctx, node, sandbox, disk)
+        _await_release(ctx, node, sandbox, disk)
     _refuse_lost(ctx, sandbox, disk, node)
-    detached = records(ctx).change(
+    detached = open_records(ctx).change(
         disk,
         "detach",
         to=store.DETACHED,
@@ -519,10 +521,10 @@ def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, 
         located,
         lambda now: ctx.client.put(f"{now.path}/config", revert=",".join(slots), digest=now.digest),
     )
-    rows = rows_of(ctx, str(located.node), sandbox.vmid)
+    rows = read_drives(ctx, str(located.node), sandbox.vmid)
     slot = _find_slot_in_use(rows, disk.volume)
     if slot is not None and not rows[slot].get("delete"):
-        records(ctx).change(
+        open_records(ctx).change(
             disk,
             "detach",
             to=store.ATTACHED,
@@ -542,7 +544,7 @@ def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, 
 
 def _refuse_lost(ctx: Context, sandbox: Sandbox, disk: Workspace, node: str) -> None:
     """Raise Kept when the volume of the sandbox's workspace is missing or hidden."""
-    if missing(ctx, disk, node):
+    if is_missing(ctx, disk, node):
         vmid = sandbox.vmid
         raise Kept(
             "workspace",
@@ -553,11 +555,11 @@ def _refuse_lost(ctx: Context, sandbox: Sandbox, disk: Workspace, node: str) -> 
         )
 
 
-def _await_off(ctx: Context, node: str, sandbox: Sandbox, disk: Workspace) -> None:
+def _await_release(ctx: Context, node: str, sandbox: Sandbox, disk: Workspace) -> None:
     """Wait up to _UNPLUG_SECONDS for a running guest to release a disk. Raises Kept when it does not."""
 
     def look() -> bool | None:
-        return None if naming(rows_of(ctx, node, sandbox.vmid), disk.volume) else True
+        return None if find_keys(read_drives(ctx, node, sandbox.vmid), disk.volume) else True
 
     patience = min(_UNPLUG_SECONDS, ctx.wait_timeout)
     if waiting.until(ctx.clock, patience, look, pause=0.5, longest=0.5) is None:
@@ -577,15 +579,15 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
 
     Also when a missing workspace may be one of the VM's own disks. Returns whether a request was sent to Proxmox.
     """
-    live = records(ctx).find_all()
+    live = open_records(ctx).find_all()
     config = located.config
-    configs = {"": config, **_snapshots(ctx, located)} if live else {"": config}
+    configs = {"": config, **_read_snapshots(ctx, located)} if live else {"": config}
     first, last = ctx.config.workspace_owner_range
     known = {listed.volume: listed for listed in live}
     serials = {listed.serial: listed for listed in live}
     for where, content in configs.items():
         place = f"snapshot {where!r}" if where else "its configuration"
-        for key, volume in volumes_in(content).items():
+        for key, volume in list_volumes(content).items():
             owner = _OWNER.search(volume)
             serial = re.search(r"(?:^|,)serial=([^,]+)", str(content[key]))
             disk = known.get(volume) or (serials.get(serial[1]) if serial else None)
@@ -613,7 +615,7 @@ def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
 
     Called before the VM is stopped or a disk detached. Returns False when the records alone decided (no workspaces).
     """
-    own = records(ctx).find_of_sandbox(sandbox.uuid)
+    own = open_records(ctx).find_of_sandbox(sandbox.uuid)
     if own is not None:
         refuse_snapshots(ctx, sandbox, located, own)
         _refuse_lost(ctx, sandbox, own, str(located.node))
@@ -632,7 +634,7 @@ def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], d
     """
     own = [
         volume
-        for key, volume in volumes_in(config).items()
+        for key, volume in list_volumes(config).items()
         if (owner := _OWNER.search(volume))
         and int(owner[1]) == sandbox.vmid
         and re.fullmatch(r"(ide|sata|scsi|virtio|unused)\d+", key)
@@ -642,7 +644,7 @@ def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], d
     if len(own) < 2:
         return
     for disk in disks:
-        if missing(ctx, disk, node_for(ctx, disk)):
+        if is_missing(ctx, disk, find_node(ctx, disk)):
             raise Kept(
                 "workspace",
                 f"sandbox {sandbox.vmid}: its VM has {len(own)} disks of its own, and the volume of {disk.title} "
@@ -652,15 +654,15 @@ def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], d
             )
 
 
-def released(ctx: Context, claim: Claim | None, sandbox: Sandbox) -> Workspace | None:
+def free_workspace(ctx: Context, claim: Claim | None, sandbox: Sandbox) -> Workspace | None:
     """Free the workspace of a sandbox whose VM is proven to be gone, and return its record; None without one.
 
     The next attachment checks whether another VM has the volume.
     """
-    disk = records(ctx).find_of_sandbox(sandbox.uuid)
+    disk = open_records(ctx).find_of_sandbox(sandbox.uuid)
     if disk is None:
         return None
-    return records(ctx).change(
+    return open_records(ctx).change(
         disk,
         "detach",
         to=store.DETACHED,

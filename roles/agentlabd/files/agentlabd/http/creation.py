@@ -146,7 +146,9 @@ def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
     if config.api_templates is not None and template is not None and template not in config.api_templates:
         # The list may have the template's name and the request its VMID, or the reverse.
         names = {
-            str(ident): str(row.get("name") or "") for ident, row in ctx.cluster.vms().items() if row.get("template")
+            str(ident): str(row.get("name") or "")
+            for ident, row in ctx.cluster.list_vms().items()
+            if row.get("template")
         }
         allowed = {
             ident for ident, name in names.items() if ident in config.api_templates or name in config.api_templates

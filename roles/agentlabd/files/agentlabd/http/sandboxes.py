@@ -58,7 +58,7 @@ def list_inventory(call: Call) -> Answer:
     return Answer(
         {
             "sandboxes": upstream.describe_inventory(
-                ctx.records.find_all(), ctx.cluster.vms(fresh=True), ctx.config.vmid_range
+                ctx.records.find_all(), ctx.cluster.list_vms(fresh=True), ctx.config.vmid_range
             )
         }
     )

@@ -46,7 +46,7 @@ def create_workspace(call: Call) -> Answer:
             raise InvalidInput("size_gb: give size or size_gb, not both", option="size_gb")
         size = f"{options['size_gb']}G"
     return _answer_workspace(
-        workspace.present(
+        workspace.ensure_present(
             call.make_context(), options["name"], size=size, storage=options.get("storage"), node=options.get("node")
         )
     )
@@ -65,7 +65,7 @@ def rebind_workspace(call: Call) -> Answer:
             destroy.check(ctx, old, force=True)
         if old.state in (*states.POWERED, states.SUSPENDED):
             power.run(ctx, old, "stop")
-    workspace.detached(ctx, disk.id)
+    workspace.ensure_detached(ctx, disk.id)
     created = create.run(ctx, spec)
     call.service.note_lease_change()
     answer = answer_item(created)
@@ -98,19 +98,19 @@ def attach_workspace(call: Call) -> Answer:
     ctx = call.make_context()
     ttl = call.body.get("ttl")
     return _answer_workspace(
-        workspace.attached(
+        workspace.ensure_attached(
             ctx, call.ident, ctx.select(call.body["vmid"]), None if ttl is None else ctx.config.parse_ttl(ttl)
         )
     )
 
 
 def detach_workspace(call: Call) -> Answer:
-    return _answer_workspace(workspace.detached(call.make_context(), call.ident))
+    return _answer_workspace(workspace.ensure_detached(call.make_context(), call.ident))
 
 
 def destroy_workspace(call: Call) -> Answer:
     ctx = call.make_context()
     # The module accepts a workspace that is absent already. Here a client names a workspace that must exist.
     return _answer_workspace(
-        workspace.absent(ctx, workspace_disk.select(ctx, call.ident).id, force=call.body.get("force", False))
+        workspace.ensure_absent(ctx, workspace_disk.select(ctx, call.ident).id, force=call.body.get("force", False))
     )
