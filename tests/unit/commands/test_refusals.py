@@ -19,7 +19,8 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.comma
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 
 from support.commands import EXEC, run
-from support.lab import Lab
+from support.lab import FakeClock, Lab
+from support.programs import require_program
 from support.proxmox_guest import Guest
 
 
@@ -38,6 +39,11 @@ def test_a_stopped_sandbox_or_an_expired_lease_gets_no_command(lab: Lab, sandbox
 
 REFUSALS = {
     "stopped": (lambda lab, vm: lab.pve.power(vm.vmid, "stopped"), "stopped", "does not run"),
+    "hibernated": (
+        lambda lab, vm: (lab.pve.power(vm.vmid, "stopped"), vm.config.__setitem__("lock", "suspended")),
+        "hibernated",
+        "is hibernated, so nothing can be run in it. Start the sandbox",
+    ),
     "paused": (lambda lab, vm: lab.pve.power(vm.vmid, "paused"), "silent", "does not answer"),
     "not configured": (lambda lab, vm: vm.config.pop("agent"), "not_configured", "has no guest agent"),
     "switched off": (
@@ -161,3 +167,54 @@ def test_a_silence_during_a_long_command_is_waited_out(
     result = command.run_command(lab.context(), sandbox, spec, on_output=lambda out, err: shown.append(out))
     assert (result.rc, result.stdout, b"".join(shown)) == (0, b"ran\n", b"ran\n")
     assert gate.exists() and (guest.folder / "run" / "gate.count").read_text() == "x"
+
+
+def test_an_agent_that_does_not_answer_is_asked_rarely(
+    lab: Lab, sandbox: Sandbox, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request to a silent agent holds a worker of the node's daemon for three seconds."""
+    clock = FakeClock()
+    monkeypatch.setattr(lab, "clock", clock)
+    guest.freeze(600)
+    began = clock.monotonic()
+    with pytest.raises(GuestRefused, match="does not answer"):
+        run(lab, sandbox, "true", wait_for_agent=120)
+    assert 60 < clock.monotonic() - began < 150
+    assert 4 <= lab.pve.counted[EXEC] <= 9
+
+
+def test_a_guest_without_a_program_of_the_wrapper_is_told_which(lab: Lab, sandbox: Sandbox, guest: Guest) -> None:
+    programs = guest.folder / "few"
+    programs.mkdir()
+    for name in ("sh", "cat", "mkdir", "id", "base64", "sleep", "wc", "tail", "head", "rm", "find", "tr"):
+        (programs / name).symlink_to(require_program(name))
+    before, guest.path = guest.path, str(programs)
+    try:
+        with pytest.raises(GuestRefused, match="the guest has no program setsid; install coreutils and util-linux"):
+            run(lab, sandbox, "true")
+    finally:
+        guest.path = before
+    assert run(lab, sandbox, "true").rc == 0
+
+
+def test_no_name_of_the_user_is_in_the_address_of_a_request(
+    lab: Lab, sandbox: Sandbox, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The access log of the node has the address of each request, and the file name of file-read is a part of it."""
+    asked: list[str] = []
+    real = guest.read
+
+    def read(name: str, offset: int, count: int, decode: bool) -> dict[str, Any]:
+        asked.append(name)
+        return real(name, offset, count, decode)
+
+    monkeypatch.setattr(guest, "read", read)
+    data = Random(2).randbytes(200_000)
+    path = str(guest.folder / "run" / "geheimer-name")
+    target = io.BytesIO()
+    files.put_file(lab.context(), sandbox, data, path)
+    files.fetch_file(lab.context(), sandbox, path, target)
+    run(lab, sandbox, "cat", path, stdin=b"geheimes", environment={"T": "geheimes"}, max_output=300_000)
+    assert target.getvalue() == data
+    assert len(asked) >= 2 and all(name.startswith("/run/agentlab/") for name in asked), asked
+    assert "geheim" not in str(asked) + str(lab.pve.requests)
