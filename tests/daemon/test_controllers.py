@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import holders
 
 from support import engines
 from support.cli import agentlab
@@ -185,6 +186,41 @@ def test_a_table_that_nobody_may_read_is_told_by_status_and_command_line(
             assert "nothing was written" in told.stderr
     assert agentlab("status", socket=daemon.socket).returncode == 0
     assert "Traceback" not in daemon.log()
+
+
+def test_a_clock_that_jumped_on_one_host_holds_up_that_host_alone(
+    start: Callable[..., Daemon], postgres: PostgresServer
+) -> None:
+    first = start("host-a", expire_interval="1s")
+    second = start("host-b", expire_interval="1s")
+    uri = first.environment["AGENTLAB_DATABASE"]
+    database = uri.rpartition("/")[2]
+    second.wait_for(
+        lambda: len(postgres.execute("SELECT key FROM meta WHERE key LIKE 'clock:host-%'", database)) == 2,
+        "each host has a note of its own",
+        60,
+    )
+    boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+    # The note of host-a says another time than its clock, as after a jump.
+    jumped = {
+        "boot": json.loads(holders.describe_process())["boot"],
+        "offset": time.time() - boot - 600,
+        "until": 0,
+        "seen": boot,
+        "wall": int(time.time()),
+    }
+    postgres.execute(f"UPDATE meta SET value = '{json.dumps(jumped)}' WHERE key LIKE 'clock:host-a/%'", database)
+    vmid = second.good("POST", "/v1/sandboxes", {"name": "a1", "ttl": "2s"}, 201)["vmid"]
+    # A prune looks at the clock before it looks at sandboxes.
+    agentlab("sandbox", "prune", socket=first.socket)
+    state = f"/v1/sandboxes/{vmid}"
+    second.wait_for(lambda: second.get(state).body["state"] == "TIMEOUT", "the other one lets the lease end", 60)
+    told = [
+        [one["condition"] for one in each.get("/v1/status").body["conditions"] if one["part"] == "clock"]
+        for each in (first, second)
+    ]
+    assert told == [["rests"], []]
+    assert "rest" not in second.log()
 
 
 def test_the_daemon_of_a_snippets_host_closes_a_record_that_the_leader_keeps(
