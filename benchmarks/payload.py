@@ -19,12 +19,13 @@ import zipfile
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-# What a module of ours should add at most to what ansible-core ships with every module of its own, bytes, and how many
-# files it should ship in all. Most modules miss both: agentlab_doctor adds 323 kB, agentlab_sandbox 318 kB,
-# agentlab_reconcile 282 kB and agentlab_prune 245 kB.
+# The most that a module of ours should add to what ansible-core ships with every module of its own, in bytes, and the
+# most files that it should ship in all. Most modules miss both: agentlab_doctor adds 357 kB, agentlab_sandbox 351 kB,
+# agentlab_reconcile 314 kB and agentlab_prune 274 kB.
 AIM, AIM_FILES = 190_000, 95
-# This bound, which the tests hold, only stops further growth.
-LIMIT = 335_000
+# The tests hold this bound, which only tells when a module grows. It is no reason to leave out a docstring: it was
+# 335,000 before the functions of the core had docstrings that say what is read, returned and raised.
+LIMIT = 370_000
 
 
 def modules() -> list[str]:
