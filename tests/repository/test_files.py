@@ -56,6 +56,15 @@ def test_the_issue_forms_are_forms() -> None:
             )
 
 
+def test_no_file_that_a_run_left_behind_is_in_the_repository() -> None:
+    """A database with the name of a wrong address would go into the collection."""
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True)
+    names = [name for name in listed.stdout.split("\0") if name]
+    assert len(names) > 300 and [name for name in names if not re.fullmatch(r"[A-Za-z0-9._/-]+", name)] == []
+    files = [ROOT / name for name in names]
+    assert [file for file in files if file.is_file() and file.read_bytes()[:15] == b"SQLite format 3"] == []
+
+
 def test_what_the_commit_hooks_run_is_there() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     for hook in hooks:

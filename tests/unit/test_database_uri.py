@@ -127,3 +127,11 @@ def test_a_wrong_host_or_port_is_named_with_what_is_valid(place: str, message: s
 def test_what_libpq_takes_is_taken_as_it_is(value: str) -> None:
     address = database_address.parse(value)
     assert (address.text, address.password) == (value, None)
+
+
+@pytest.mark.parametrize(
+    "value", ["host=db1 dbname=agentlab", "options=-csearch_path=lab host=db1", "connect_timeout = 3", "SSLKEY=/k"]
+)
+def test_a_connection_string_of_keywords_is_no_path(value: str) -> None:
+    """SQLite would create a file of that name."""
+    assert "a connection string of keywords" in refuse(value)

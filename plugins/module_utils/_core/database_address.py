@@ -28,7 +28,6 @@ _KNOWN_SCHEME = re.compile(
     r"((?:postg|pg|psql|mysql|maria|sqlite|file|jdbc|mongo|redis|oracle|mssql)[a-z0-9+]*):", re.I
 )
 _WITHOUT_COLON = re.compile(r"(postg[a-z]*|pgsql)/{2}", re.I)
-_KEYWORDS = re.compile(r"(host|hostaddr|port|dbname|user|password|service|sslmode)\s*=", re.I)
 _OURS = re.compile(r"(postgresql|postgres)://")
 
 # Parameters of a URI whose values are checked here. libpq would call a wrong value a failed connection.
@@ -62,6 +61,9 @@ _OTHERS = set(
 )
 # Secrets other than the password. The URI is shown, so they stand in a service file.
 _SECRETS = {"sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret"}
+_KNOWN = {*_CHOICES, *_NUMBERS, *_OTHERS, "client_encoding"}
+# A connection string of libpq begins with any of its keywords. SQLite would create a file of that name.
+_KEYWORDS = re.compile(rf"({'|'.join(sorted(_KNOWN | _SECRETS))})\s*=", re.I)
 _EXAMPLES = "sslmode, sslrootcert, target_session_attrs, passfile, service, connect_timeout and application_name"
 
 
@@ -164,7 +166,7 @@ def _check_parameter(name: str, equals: str, value: str, *, hidden: bool) -> Non
             "and name that with service=NAME",
             option="database",
         )
-    if not equals or name not in {*_CHOICES, *_NUMBERS, *_OTHERS, "client_encoding"}:
+    if not equals or name not in _KNOWN:
         quoted = f"'{name}'" if re.fullmatch(r"[A-Za-z_]{2,40}", name) and not hidden else "(not shown: a password?)"
         what = f"the parameter {quoted}, which is not valid here" if equals else "a part without '=' after its '?'"
         raise InvalidInput(
