@@ -127,10 +127,10 @@ def run_module(module, examiner):
     if params["bundle"]:
         result["bundle"] = params["bundle"]
         if not module.check_mode:
-            doctor.write_bundle(params["bundle"], doctor.bundle(examiner, report, hosts=params["bundle_hosts"]))
+            doctor.write_bundle(params["bundle"], doctor.make_bundle(examiner, report, hosts=params["bundle_hosts"]))
         if module._diff:
             result["diff"] = {"before": {}, "after": {"bundle": params["bundle"]}}
-    bad = report.worse_than(params["fail_on"])
+    bad = report.list_failing(params["fail_on"])
     if bad:
         result.update(
             failed=True, msg=f"{len(bad)} findings; the first: {bad[0].check}: {bad[0].meaning}; {bad[0].advice}"

@@ -28,7 +28,7 @@ from support.lab import Lab
 pytestmark = pytest.mark.faults
 
 # What the documentation and agentlab_doctor tell; the double asks for them as Proxmox does.
-GRANTS = doctor.needs(
+GRANTS = doctor.list_needed_privileges(
     config.load({"pool": "agentlab"}, {"AGENTLAB_CONFIG": EMPTY_CONFIG}), template=9000, storage="local-lvm"
 )
 

@@ -21,7 +21,7 @@ def examine(lab: Lab, *, bundle: bool | None = None, template: str | None = None
     try:
         report = examiner.examine(doctor.Scope(template=template))
         if bundle is not None:
-            return doctor.bundle(examiner, report, hosts=bundle)
+            return doctor.make_bundle(examiner, report, hosts=bundle)
     finally:
         examiner.close()
     assert all(finding.advice for finding in report.findings if finding.status != "ok"), "a finding without advice"

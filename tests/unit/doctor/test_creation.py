@@ -143,7 +143,7 @@ def test_tags_that_the_cluster_refuses_are_named(
     lab.pve.fault("GET", "/cluster/options", "answer", status=200, body=json.dumps({"data": options}), times=9)
     findings = list_bad_findings(lab, "creation", profiles_dir=str(tmp_path / "profiles"))
     assert [status for status, _meaning in findings] == (["warning"] if refused else [])
-    assert not refused or f"refuses the tags {', '.join(refused)} to whoever" in findings[0][1]
+    assert not refused or f"refuses the tags {', '.join(refused)} to a login" in findings[0][1]
 
 
 @pytest.mark.parametrize(

@@ -70,12 +70,14 @@ def test_missing_privileges_are_told_by_path_with_the_commands(lab: Lab) -> None
 
 def test_the_commands_fit_the_release_and_the_readme() -> None:
     found = config.load({"pool": "agentlab"}, {"AGENTLAB_CONFIG": EMPTY_CONFIG})
-    commands = doctor.pveum_commands(found, template=9000, storage="local-lvm")
+    commands = doctor.make_pveum_commands(found, template=9000, storage="local-lvm")
     assert [f"# {line}" for line in commands] == [
         line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("# pveum")
     ]
-    assert "VM.Monitor" in doctor.pveum_commands(found, template=9000, storage="x", release="8.4.1")[2]
-    for name in {name for names in doctor.needs(found, template=1, storage="x").values() for name in names}:
+    assert "VM.Monitor" in doctor.make_pveum_commands(found, template=9000, storage="x", release="8.4.1")[2]
+    for name in {
+        name for names in doctor.list_needed_privileges(found, template=1, storage="x").values() for name in names
+    }:
         assert name.removeprefix("VM.Config") in (ROOT / "docs/safety.md").read_text(), name
 
 
@@ -95,10 +97,16 @@ def test_a_foreign_vm_in_the_range_of_vmids_is_a_warning(lab: Lab) -> None:
 
 def test_the_datacenters_range_of_vmids_is_read_in_each_form() -> None:
     assert (
-        cluster._next_id("lower=1500,upper=5000") == cluster._next_id({"lower": "1500", "upper": 5000}) == (1500, 5000)
+        cluster._read_next_id("lower=1500,upper=5000")
+        == cluster._read_next_id({"lower": "1500", "upper": 5000})
+        == (1500, 5000)
     )
-    assert cluster._next_id("lower=5") == (5, 1000000)
-    assert cluster._next_id(None) is None and cluster._next_id("lower=x") is None and cluster._next_id(3) is None
+    assert cluster._read_next_id("lower=5") == (5, 1000000)
+    assert (
+        cluster._read_next_id(None) is None
+        and cluster._read_next_id("lower=x") is None
+        and cluster._read_next_id(3) is None
+    )
 
 
 @pytest.mark.parametrize(("offset", "status"), [(0, "ok"), (20, "warning"), (-20, "warning"), (4000, "problem")])

@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A bundle for a bug report: what was found and done, without secrets."""
+"""Make the bundle for a bug report: findings, configuration, sandboxes and events, without secrets."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ _ADDRESS = re.compile(
 _KEEP = ("127.0.0.1", "::1")
 
 
-def bundle(exam: Examination, report: Diagnosis, *, hosts: bool = False, events: int = 100) -> dict[str, Any]:
+def make_bundle(exam: Examination, report: Diagnosis, *, hosts: bool = False, events: int = 100) -> dict[str, Any]:
     """Return the content of a bundle for a bug report: findings, configuration, states, the last events.
 
-    Secrets are never in it. Names of hosts and VMs, and their addresses, are in it only with ``hosts``.
+    The bundle never has secrets. It has the names of hosts and VMs, and their addresses, only with ``hosts``.
+    ``events`` is the number of events.
     """
     context = exam.context
     config = {name: getattr(exam.config.proxmox, name) for name in exam.config.proxmox.__slots__ if name not in SECRETS}
@@ -51,16 +52,19 @@ def bundle(exam: Examination, report: Diagnosis, *, hosts: bool = False, events:
         "sandboxes": [sandbox.public() for sandbox in live],
         "events": [info.format_event(row) for row in history.read_events(context.database, tail=events)],
     }
-    return dict(_redact(json.loads(json.dumps(content, default=str)), _replacements(exam, hosts), hosts))
+    return dict(_redact(json.loads(json.dumps(content, default=str)), _list_replacements(exam, hosts), hosts))
 
 
-def shown(exam: Examination, report: Diagnosis) -> dict[str, Any]:
-    """Return the report for others' eyes: no secret of the configuration is in it, whoever quoted it."""
-    return dict(_redact(report.public(), _replacements(exam, True), True))
+def redact_report(exam: Examination, report: Diagnosis) -> dict[str, Any]:
+    """Return the report without the secrets of the configuration. A message of Proxmox VE may quote one."""
+    return dict(_redact(report.public(), _list_replacements(exam, True), True))
 
 
 def write_bundle(path: str, content: Mapping[str, Any]) -> None:
-    """Write the bundle to a file with mode 0600, completely or not at all. Replace a link instead of following it."""
+    """Write the bundle to a file with mode 0600, completely or not at all.
+
+    A link at ``path`` is replaced, not followed. Raises InvalidInput if the file cannot be written.
+    """
     folder = os.path.dirname(os.path.abspath(path))
     try:
         handle, fresh = tempfile.mkstemp(prefix=".agentlab-", dir=folder)
@@ -80,9 +84,10 @@ def write_bundle(path: str, content: Mapping[str, Any]) -> None:
         ) from None
 
 
-def _replacements(exam: Examination, hosts: bool) -> dict[str, str]:
+def _list_replacements(exam: Examination, hosts: bool) -> dict[str, str]:
+    """Return the texts that the bundle must not have, each with the text that replaces it."""
     proxmox = exam.config.proxmox
-    # A value this short would be found in half of all words; such a secret is not one.
+    # A value of up to three characters is part of many words, and protects nothing.
     replaced = {
         value: "(secret)" for value in (proxmox.api_password, proxmox.api_token_secret) if value and len(value) > 3
     }
@@ -102,15 +107,15 @@ def _replacements(exam: Examination, hosts: bool) -> dict[str, str]:
 
 
 def _redact(value: Any, replaced: Mapping[str, str], hosts: bool) -> Any:
-    """Return the value with the texts of ``replaced`` exchanged, longest first.
+    """Return the value with the texts of ``replaced`` exchanged, the longest first.
 
-    Names are replaced as whole words, secrets anywhere.
+    Names are replaced as whole words, secrets anywhere. Addresses are replaced unless ``hosts`` is set.
     """
     secrets = {text: word for text, word in replaced.items() if word == "(secret)"}
     names = sorted((text for text in replaced if text not in secrets), key=len, reverse=True)
     words = re.compile("|".join(rf"(?<![\w-]){re.escape(text)}(?![\w-])" for text in names)) if names else None
 
-    def text_of(text: str) -> str:
+    def redact_text(text: str) -> str:
         for secret, word in secrets.items():
             text = text.replace(secret, word)
         if hosts:
@@ -121,11 +126,11 @@ def _redact(value: Any, replaced: Mapping[str, str], hosts: bool) -> Any:
 
     def walk(part: Any) -> Any:
         if isinstance(part, str):
-            return text_of(part)
+            return redact_text(part)
         if isinstance(part, list):
             return [walk(item) for item in part]
         if isinstance(part, dict):
-            return {text_of(str(name)): walk(item) for name, item in part.items()}
+            return {redact_text(str(name)): walk(item) for name, item in part.items()}
         return part
 
     return walk(value)

@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Show the load of each node, and whether a new sandbox would fit somewhere."""
+"""Check the placement: the load of each node, and whether a node has room for a new sandbox."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .findings import OK, PROBLEM, WARNING, Finding
 
 
 def check_placement(exam: Examination) -> Iterable[Finding]:
-    """Choose a node for a sandbox of the configured template. Says nothing where the node is not chosen."""
+    """Choose a node for a sandbox of the configured template. Yield nothing if the configuration fixes the node."""
     chosen = exam.config.node == AUTO or (exam.config.node is None and len(exam.nodes) > 1)
     if not chosen or exam.template is None:
         return
@@ -44,15 +44,17 @@ def check_placement(exam: Examination) -> Iterable[Finding]:
             "placement",
             WARNING,
             f"{', '.join(bare)} show no figures to {exam.config.proxmox.login}, so a node is chosen by the number of "
-            f"its sandboxes. {_load_of(decision)}",
+            f"its sandboxes. {_describe_load(decision)}",
             "grant Sys.Audit on /nodes to compare free memory",
             facts,
         )
         return
-    yield Finding("placement", OK, f"the next sandbox would go to {decision.node}. {_load_of(decision)}", None, facts)
+    yield Finding(
+        "placement", OK, f"the next sandbox would go to {decision.node}. {_describe_load(decision)}", None, facts
+    )
 
 
-def _load_of(decision: Decision) -> str:
+def _describe_load(decision: Decision) -> str:
     """Return the load of each node, in one sentence."""
     rows = []
     for verdict in decision.public()["nodes"]:

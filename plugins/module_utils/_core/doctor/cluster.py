@@ -12,10 +12,11 @@ from ..durations import show
 from ..errors import InvalidInput, Kept, ProxmoxError
 from ..proxmox import identity
 from . import creation
-from .examination import LOOK_AT, Examination, as_dict
-from .findings import OK, PROBLEM, UNKNOWN, WARNING, Finding, some
+from .examination import LOOK_AT, Examination, parse_properties
+from .findings import OK, PROBLEM, UNKNOWN, WARNING, Finding, shorten_list
 
-# Clocks this far apart make leases and ages wrong by as much; past the second value decisions are.
+# Leases and ages are wrong by the difference of the clocks. Up to the first value that is harmless; beyond the second
+# value decisions are wrong.
 _CLOCK_SECONDS = (5, 60)
 
 
@@ -28,7 +29,7 @@ def check_proxmox(exam: Examination) -> Iterable[Finding]:
                 "proxmox",
                 PROBLEM,
                 error.message,
-                "the message says what to look at; nothing else about Proxmox could be looked at",
+                "follow the message; nothing else about Proxmox was checked",
             )
         ]
     exam.release = str(version.get("version") or "")
@@ -40,7 +41,7 @@ def check_proxmox(exam: Examination) -> Iterable[Finding]:
             Finding(
                 "versions",
                 WARNING,
-                f"Proxmox VE {exam.release} is older than what this is tested with",
+                f"Proxmox VE {exam.release} is older than the releases that this collection is tested with",
                 "upgrade to Proxmox VE 8 or 9",
                 facts,
             ),
@@ -51,13 +52,15 @@ def check_proxmox(exam: Examination) -> Iterable[Finding]:
 def check_cluster(exam: Examination) -> Iterable[Finding]:
     known = exam.context.records.read_meta("cluster")
     if known is None:
-        yield Finding("cluster", OK, "these records do not know a cluster yet; the first creation notes it")
+        yield Finding("cluster", OK, "the records name no cluster yet; the first creation writes it")
         return
     try:
         exam.context.cluster.confirm()
         yield Finding("cluster", OK, "this is the cluster these records belong to")
     except Kept as error:
-        yield Finding("cluster", PROBLEM, error.message, "until then nothing of these records is destroyed or closed")
+        yield Finding(
+            "cluster", PROBLEM, error.message, "until then no sandbox of these records is destroyed or closed"
+        )
 
 
 def check_quorum(exam: Examination) -> Iterable[Finding]:
@@ -97,7 +100,7 @@ def check_vmid_range(exam: Examination) -> Iterable[Finding]:
     used = len(set(within) | {vmid for vmid in ours if low <= vmid <= high})
     free = high - low + 1 - used
     facts = {"range": f"{low}-{high}", "free": free, "foreign": strangers[:50]}
-    findings = list(_overlaps(exam, low, high, facts))
+    findings = list(_check_next_id(exam, low, high, facts))
     if free <= 0:
         findings.append(
             Finding(
@@ -114,8 +117,8 @@ def check_vmid_range(exam: Examination) -> Iterable[Finding]:
             Finding(
                 "vmid_range",
                 WARNING,
-                f"VMs with our marker but without a record here ({some(marked)}): another database works in the "
-                "same range, or these records were lost",
+                f"VMs with our marker but without a record here ({shorten_list(marked)}): another database works in "
+                "the same range, or these records were lost",
                 "give each database a vmid_range of its own; agentlab_reconcile reports such VMs as unrecorded",
                 {**facts, "marked": marked},
             )
@@ -126,8 +129,8 @@ def check_vmid_range(exam: Examination) -> Iterable[Finding]:
             Finding(
                 "vmid_range",
                 WARNING,
-                f"{len(unmarked)} VMs that are not ours are inside {low}-{high} ({some(unmarked)}); they are left"
-                " alone, but take VMIDs away",
+                f"{len(unmarked)} VMs that are not ours are inside {low}-{high} ({shorten_list(unmarked)}); they are"
+                " left alone, but take VMIDs away",
                 "move the range (vmid_range), or let other tools use another one",
                 facts,
             )
@@ -137,7 +140,7 @@ def check_vmid_range(exam: Examination) -> Iterable[Finding]:
             "vmid_range",
             OK,
             f"{free} of {high - low + 1} VMIDs of {low}-{high} are free, and no other VM is in it"
-            # A creation asks for its VMID by itself, so hidden VMs do no harm.
+            # A creation asks Proxmox VE whether its VMID is free, so hidden VMs do no harm.
             + ("" if exam.sees_everything() else ", as far as these credentials see"),
             None,
             facts,
@@ -145,8 +148,9 @@ def check_vmid_range(exam: Examination) -> Iterable[Finding]:
     ]
 
 
-def _overlaps(exam: Examination, low: int, high: int, facts: dict[str, Any]) -> Iterable[Finding]:
-    bounds = _next_id(creation.cluster_options(exam).get("next-id"))
+def _check_next_id(exam: Examination, low: int, high: int, facts: dict[str, Any]) -> Iterable[Finding]:
+    """Compare vmid_range with the VMIDs that Proxmox VE gives to new VMs by itself."""
+    bounds = _read_next_id(creation.read_cluster_options(exam).get("next-id"))
     if bounds and bounds[0] <= high and low <= bounds[1]:
         facts["next_id"] = f"{bounds[0]}-{bounds[1]}"
         yield Finding(
@@ -172,7 +176,7 @@ def check_clock(exam: Examination) -> Iterable[Finding]:
     for node in sorted(name for name, online in exam.nodes.items() if online):
         before = exam.context.clock.now()
         clock = exam.context.client.get_dict(f"nodes/{node}/time")
-        # The answer's moment lies somewhere within the request: the middle is the fairest guess.
+        # The node read its clock at some time between request and answer; we assume the middle.
         offsets[node] = int(clock.get("time") or 0) - (before + exam.context.clock.now()) // 2
     if not offsets:
         why = "no node is online" if exam.nodes else "the cluster's nodes could not be read"
@@ -194,9 +198,9 @@ def check_clock(exam: Examination) -> Iterable[Finding]:
         )
 
 
-def _next_id(value: Any) -> tuple[int, int] | None:
-    """Return the bounds that a datacenter's next-id sets (text or object); None when it sets none."""
-    bounds = as_dict(value)
+def _read_next_id(value: Any) -> tuple[int, int] | None:
+    """Return the bounds that the datacenter's option next-id sets (text or object); None if it sets none."""
+    bounds = parse_properties(value)
     if not bounds:
         return None
     try:

@@ -22,8 +22,11 @@ _NEEDED = ("guest-exec", "guest-exec-status", "guest-file-open", "guest-file-rea
 
 
 def check_commands(exam: Examination) -> Iterable[Finding]:
-    """Say whether commands and files can go into sandboxes. One running sandbox is asked."""
-    path, name = privileges.run_path(exam.config), privileges.spell("VM.GuestAgent.Unrestricted", exam.release)
+    """Check whether commands can run in sandboxes and files can be copied. Ask the guest agent of one that runs."""
+    path, name = (
+        privileges.choose_run_path(exam.config),
+        privileges.spell_privilege("VM.GuestAgent.Unrestricted", exam.release),
+    )
     running = [
         sandbox
         for sandbox in exam.context.records.find_all(states.OPERATIONS["exec"].allowed)

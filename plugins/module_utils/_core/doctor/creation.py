@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Check what would make every creation fail: wrong nodes, pools and snippets, refused tags."""
+"""Check the settings that would make every creation fail: nodes, pools, snippets and tags."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..guest import cloud_init
 from ..nodes import AUTO
 from ..proxmox.identity import OUR_TAG
 from . import template
-from .examination import Examination, as_dict
-from .findings import OK, PROBLEM, UNKNOWN, WARNING, Finding, some
+from .examination import Examination, parse_properties
+from .findings import OK, PROBLEM, UNKNOWN, WARNING, Finding, shorten_list
 
 
 def check_creation(exam: Examination) -> Iterable[Finding]:
-    """Look at what makes every creation fail: a wrong node, pool or storage for snippets; and at refused tags."""
+    """Check the nodes, pools, snippets and tags that the configuration and the profiles name."""
     count = 0
-    for check in (_wrong_nodes, _wrong_pools, _wrong_snippets, _check_tags):
+    for check in (_check_nodes, _check_pools, _check_snippets, _check_tags):
         for finding in check(exam):
             count += 1
             yield finding
@@ -33,13 +33,13 @@ def check_creation(exam: Examination) -> Iterable[Finding]:
         yield Finding(
             "creation",
             UNKNOWN,
-            "the cluster's nodes could not be read, so node and snippets were not looked at",
+            "the cluster's nodes could not be read, so node and snippets were not checked",
             "see the finding quorum",
         )
 
 
 def _list_named_values(exam: Examination, option: str) -> dict[str, str]:
-    """Return the values that configuration and profiles give an option, each with the place where it is given."""
+    """Return the values that configuration and profiles give an option, each with the place that gives it."""
     named = {
         str(profile.values[option]): f"{option} of profile {profile.name}"
         for profile in _load_profiles(exam)
@@ -50,7 +50,7 @@ def _list_named_values(exam: Examination, option: str) -> dict[str, str]:
     return named
 
 
-def _wrong_nodes(exam: Examination) -> Iterable[Finding]:
+def _check_nodes(exam: Examination) -> Iterable[Finding]:
     for node, place in _list_named_values(exam, "node").items() if exam.nodes else ():
         if node == AUTO:
             continue
@@ -71,7 +71,7 @@ def _wrong_nodes(exam: Examination) -> Iterable[Finding]:
             )
 
 
-def _wrong_pools(exam: Examination) -> Iterable[Finding]:
+def _check_pools(exam: Examination) -> Iterable[Finding]:
     for pool, place in _list_named_values(exam, "pool").items():
         exists = _pool_exists(exam, pool)
         if pool == exam.config.pool:
@@ -86,14 +86,14 @@ def _wrong_pools(exam: Examination) -> Iterable[Finding]:
 
 
 def _pool_exists(exam: Examination, pool: str) -> bool | None:
-    """Return whether the pool exists, or None: without Pool.Audit on its path nobody can tell."""
+    """Return whether the pool exists, or None if these credentials cannot tell: that needs Pool.Audit on its path."""
     if any(row.get("poolid") == pool for row in exam.context.client.get_list("pools")):
         return True
-    # An ACL entry on the path proves nothing: Proxmox VE takes one for a pool that is not there.
+    # An ACL entry on the path proves nothing: Proxmox VE accepts an entry for a pool that does not exist.
     return False if exam.context.cluster.has_privilege(f"/pool/{pool}", "Pool.Audit") else None
 
 
-def acl_entries(exam: Examination) -> list[dict[str, Any]]:
+def read_acl_entries(exam: Examination) -> list[dict[str, Any]]:
     """Return the ACL entries that these credentials may see; all of them with Sys.Audit on /access."""
     if exam.standing.entries is None:
         try:
@@ -106,27 +106,27 @@ def acl_entries(exam: Examination) -> list[dict[str, Any]]:
     return exam.standing.entries
 
 
-def _wrong_snippets(exam: Examination) -> Iterable[Finding]:
-    """Look at the storage for user data, which Proxmox VE does not prepare for snippets by itexam."""
-    node = exam.config.node if exam.nodes.get(str(exam.config.node)) else template.home_node(exam)
+def _check_snippets(exam: Examination) -> Iterable[Finding]:
+    """Check the storage for user data. Proxmox VE does not prepare a storage for snippets by itself."""
+    node = exam.config.node if exam.nodes.get(str(exam.config.node)) else template.find_home_node(exam)
     if node is None:
         return
     storage = exam.config.snippets_storage
     try:
         cloud_init.check_storage(exam.context, node)
     except InvalidInput as error:
-        # The default is a problem only where user data is used.
-        needed = storage != DEFAULTS["snippets_storage"] or user_data_is_used(exam)
+        # If the storage is the default one, its lack is a problem only where user data is used.
+        needed = storage != DEFAULTS["snippets_storage"] or is_user_data_used(exam)
         yield Finding(
             "creation",
             PROBLEM if needed else OK,
             f"{error.message}. Until then cloud_init_user_data is refused",
-            f"see the message; pvesm status --storage {storage} shows what the node has",
+            f"follow the message; pvesm status --storage {storage} shows the storage of a node",
             {"snippets_storage": storage},
         )
 
 
-def user_data_is_used(exam: Examination) -> bool:
+def is_user_data_used(exam: Examination) -> bool:
     return any(profile.values.get("cloud_init_user_data") for profile in _load_profiles(exam)) or any(
         sandbox.snippet for sandbox in exam.context.records.find_all()
     )
@@ -141,14 +141,14 @@ def _load_profiles(exam: Examination) -> list[profiles.Profile]:
 
 
 def _check_tags(exam: Examination) -> Iterable[Finding]:
-    """Compare our tags with the cluster's policy: GET /cluster/options lists the tags allowed to who asks."""
-    options = cluster_options(exam)
+    """Compare our tags with the cluster's policy: GET /cluster/options lists the tags that this login may set."""
+    options = read_cluster_options(exam)
     if exam.config.proxmox.is_root or "allowed-tags" not in options:
         return
-    allowed = _as_list(options["allowed-tags"])
-    registered = _as_list(options.get("registered-tags"))
-    # Without Sys.Audit on / the policy is left out; then the doctor believes that it is the default.
-    policy = str(as_dict(options.get("user-tag-access")).get("user-allow", "free"))
+    allowed = _split_list(options["allowed-tags"])
+    registered = _split_list(options.get("registered-tags"))
+    # Without Sys.Audit on / Proxmox VE leaves the policy out; then assume the default.
+    policy = str(parse_properties(options.get("user-tag-access")).get("user-allow", "free"))
     tags = sorted(
         {OUR_TAG, *(str(tag).lower() for profile in _load_profiles(exam) for tag in profile.values.get("tags") or [])}
     )
@@ -166,8 +166,8 @@ def _check_tags(exam: Examination) -> Iterable[Finding]:
     yield Finding(
         "creation",
         WARNING,
-        f"this cluster refuses the tags {some(refused)} to whoever has no Sys.Modify on / (user-allow is {policy}"
-        f"{', registered-tags is ' + ';'.join(registered) if registered else ''})",
+        f"this cluster refuses the tags {shorten_list(refused)} to a login without Sys.Modify on / "
+        f"(user-allow is {policy}{', registered-tags is ' + ';'.join(registered) if registered else ''})",
         f"pvesh set /cluster/options {' '.join(mend)}, as root on a node",
         {
             "refused": refused,
@@ -178,15 +178,15 @@ def _check_tags(exam: Examination) -> Iterable[Finding]:
     )
 
 
-def cluster_options(exam: Examination) -> dict[str, Any]:
+def read_cluster_options(exam: Examination) -> dict[str, Any]:
     try:
         return exam.context.client.get_dict("cluster/options")
     except ApiError:
         return {}
 
 
-def _as_list(value: Any) -> list[str]:
-    """Return a list that Proxmox VE gives as such, or as text with semicolons."""
+def _split_list(value: Any) -> list[str]:
+    """Return the items of a list, or of a text with semicolons. Proxmox VE answers either."""
     return [
         str(item).lower()
         for item in (value if isinstance(value, list) else re.split(r"[;, ]+", str(value or "")))

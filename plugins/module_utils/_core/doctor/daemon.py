@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Check the daemon: whether it answers, and what it says of itself."""
+"""Check the daemon: whether it answers, and the conditions in its status."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..version import __version__
-from .examination import Examination, as_dict
+from .examination import Examination, parse_properties
 from .findings import FAILS, OK, PROBLEM, UNKNOWN, WARNING, Finding
 
 _DAEMON_SECONDS = 5.0
 
 
-def daemon_of_these_records(exam: Examination) -> dict[str, Any] | None:
-    """Return the status of the daemon that works with the configured records; None without an answer."""
+def read_daemon_status(exam: Examination) -> dict[str, Any] | None:
+    """Return the status of the daemon. None without an answer, and if the daemon works with other records."""
     try:
         status = ask_daemon(exam)
     except (OSError, ValueError, http.client.HTTPException):
         return None
-    path = as_dict(as_dict(status).get("database")).get("path")
+    path = parse_properties(parse_properties(status).get("database")).get("path")
     same = isinstance(path, str) and os.path.abspath(path) == os.path.abspath(exam.config.database)
     return status if same else None
 
 
 def ask_daemon(exam: Examination) -> dict[str, Any]:
-    """Return what the daemon's status says; it is asked once in an examination. Raises what ``ask`` raises."""
+    """Return the daemon's status, which is read once in an examination.
+
+    Raises the errors of ``fetch_resource``, and FileNotFoundError without a socket.
+    """
     if exam.status is None:
         if not os.path.exists(exam.config.socket):
             raise FileNotFoundError(exam.config.socket)
-        exam.status = ask(exam.config.socket, "/v1/status")
+        exam.status = fetch_resource(exam.config.socket, "/v1/status")
     return exam.status
 
 
@@ -72,11 +75,11 @@ def check_daemon(exam: Examination) -> Iterable[Finding]:
         )
         return
     facts = {"socket": path, "status": answer}
-    conditions = conditions_of(answer)
+    conditions = read_conditions(answer)
     for condition in conditions:
         yield Finding(
             "daemon",
-            # Work that rests or waits goes on by itself or by a person's word; work that fails does not.
+            # Work that rests or waits goes on by itself, or when a person releases it. Work that fails does not.
             PROBLEM if condition["condition"] == FAILS else WARNING,
             f"agentlabd: {condition['part']} {condition['condition']} since {condition['since']}: {condition['why']}",
             condition["todo"],
@@ -130,7 +133,7 @@ class _Local(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def ask(path: str, resource: str) -> dict[str, Any]:
+def fetch_resource(path: str, resource: str) -> dict[str, Any]:
     """Return the object that the daemon answers over its socket.
 
     Raises OSError without a connection, and ValueError for another answer.
@@ -147,8 +150,8 @@ def ask(path: str, resource: str) -> dict[str, Any]:
     return body
 
 
-def conditions_of(status: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return what rests, waits or fails by the daemon's status; each has part, condition, since, why and todo."""
+def read_conditions(status: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the parts that rest, wait or fail by the daemon's status, each with part, condition, since, why, todo."""
     rows = status.get("conditions")
     names = ("part", "condition", "since", "why", "todo")
     return [

@@ -1,11 +1,11 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Look at everything that a sandbox depends on, and say what to do about it.
+"""Check everything that a sandbox depends on, and advise how to mend it.
 
-Only reads are made: of the configuration, the records, Proxmox VE and the daemon.
+The doctor only reads: the configuration, the records, Proxmox VE and the daemon.
 
-Nothing that is broken ends the examination: what cannot be read becomes a finding with the status ``unknown``.
+An error ends one check and not the examination: it becomes a finding with the status ``unknown``.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from collections.abc import Callable, Iterable
 
 from ..errors import AgentlabError
 from . import capacity, cluster, commands, creation, daemon, host, rights, template
-from .bundle import bundle, shown, write_bundle
-from .daemon import ask
+from .bundle import make_bundle, redact_report, write_bundle
+from .daemon import fetch_resource
 from .examination import Examination
 from .findings import OK, UNKNOWN, Diagnosis, Finding, Scope
-from .privileges import needs, pveum_commands
+from .privileges import list_needed_privileges, make_pveum_commands
 
 __all__ = [
     "Diagnosis",
     "Doctor",
     "Finding",
     "Scope",
-    "ask",
-    "bundle",
-    "needs",
-    "pveum_commands",
-    "shown",
+    "fetch_resource",
+    "list_needed_privileges",
+    "make_bundle",
+    "make_pveum_commands",
+    "redact_report",
     "write_bundle",
 ]
 
@@ -41,7 +41,7 @@ class Doctor(Examination):
     """Run all checks on one host's configuration."""
 
     def examine(self, given_scope: Scope | None = None) -> Diagnosis:
-        """Every check, in an order in which each can stand on those before it."""
+        """Run every check, and return all findings. A check may use data that an earlier check has read."""
         scope = given_scope or Scope()
         findings = [
             *self._run_check("configuration", host.check_configuration),
@@ -65,22 +65,20 @@ class Doctor(Examination):
         for name, check in checks.items():
             if reached[0].status != OK:
                 findings.append(
-                    Finding(
-                        name, UNKNOWN, "not looked at, because Proxmox could not be asked", "see the finding proxmox"
-                    )
+                    Finding(name, UNKNOWN, "not checked, because Proxmox could not be asked", "see the finding proxmox")
                 )
             else:
                 findings += self._run_check(name, check)
         findings += self._run_check("daemon", daemon.check_daemon)
-        return Diagnosis(findings, rights.new_token_commands(self) if self.pveum is None else self.pveum)
+        return Diagnosis(findings, rights.make_token_commands(self) if self.pveum is None else self.pveum)
 
     def _run_check(self, name: str, check: Check) -> list[Finding]:
         findings: list[Finding] = []
         try:
-            # One by one: what was said before an error stays said.
+            # extend() keeps the findings that the check yielded before an error.
             findings.extend(check(self))
         except (AgentlabError, OSError) as error:
             why = error.message if isinstance(error, AgentlabError) else f"{error.filename}: {error.strerror}"
-            advice = "see the message; run again when that is mended"
+            advice = "mend the problem in the message, then run again"
             findings.append(Finding(name, UNKNOWN, f"could not be looked at: {why}", advice))
         return findings

@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The state of one examination, which the checks share: each may stand on what an earlier one read."""
+"""The state of one examination. The checks share it: a check may use data that an earlier check has read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..context import Context
 from ..errors import StoreError
 from . import privileges
 
-# So many configurations of unknown VMs are read to see whether they carry our marker.
+# The doctor reads at most this many configurations of unknown VMs to search them for our marker.
 LOOK_AT = 20
 
 
 class Examination:
-    """One examination of one host's configuration. Writes nothing: the records are read from a copy in memory."""
+    """One examination of one host's configuration. It writes nothing: a write would go to a copy in memory."""
 
     def __init__(self, config: Config, *, now: clock.Clock | None = None) -> None:
         self.config = config
@@ -27,10 +27,10 @@ class Examination:
         try:
             self.context = Context(config, actor="doctor", dry_run=True, clock=now)
         except StoreError as error:
-            # Proxmox is looked at all the same, with records that are empty.
+            # Check Proxmox VE nevertheless, with empty records.
             self.store_error = error
             self.context = Context(replace(config, database=":memory:"), actor="doctor", dry_run=True, clock=now)
-        # What the daemon's status says, once it was asked
+        # The daemon's status; None: not read yet
         self.status: dict[str, Any] | None = None
         self.release = ""
         self.nodes: dict[str, bool] = {}
@@ -44,7 +44,7 @@ class Examination:
         self.pveum: list[str] | None = None
 
     def sees_everything(self) -> bool:
-        """Return whether no VM is hidden from these credentials; asked once for all checks."""
+        """Return whether no VM is hidden from these credentials. Proxmox VE is asked once for all checks."""
         if self._whole is None:
             self._whole = self.context.cluster.sees_everything()
         return self._whole
@@ -53,7 +53,7 @@ class Examination:
         self.context.close()
 
 
-def as_dict(value: Any) -> dict[str, Any]:
+def parse_properties(value: Any) -> dict[str, Any]:
     """Return a property string (a=1,b=2) or an object as a dict."""
     if isinstance(value, str):
         return dict(part.partition("=")[::2] for part in value.split(","))

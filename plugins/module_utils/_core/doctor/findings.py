@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What an examination finds: one line each, and all of them together."""
+"""The findings of an examination, and the diagnosis, which has all of them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OK, WARNING, PROBLEM, UNKNOWN = "ok", "warning", "problem", "unknown"
-# A condition of the daemon's status: that part does not do its work.
+# A condition in the daemon's status: the part does not do its work.
 FAILS = "fails"
-# Worst first: what the examination as a whole comes to.
+# Worst first. The worst status of a finding is the status of the diagnosis.
 STATUSES = (PROBLEM, UNKNOWN, WARNING, OK)
 
 
 @dataclass(slots=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
-    ``check`` is a stable word, ``meaning`` says what is the case and what follows from that, ``advice`` what to do.
+    ``check`` is a stable word for programs. ``meaning`` states a fact and its consequence, ``advice`` the next step.
     """
 
     check: str
@@ -41,7 +41,7 @@ class Finding:
 
 @dataclass(slots=True)
 class Scope:
-    """What to look at besides what the configuration names."""
+    """The things to check beside those that the configuration names."""
 
     template: str | None = None
 
@@ -58,7 +58,7 @@ class Diagnosis:
         statuses = {finding.status for finding in self.findings}
         return next(status for status in STATUSES if status in statuses or status == OK)
 
-    def worse_than(self, limit: str) -> list[Finding]:
+    def list_failing(self, limit: str) -> list[Finding]:
         """Return the findings that fail a run, worst first.
 
         ``limit``: ``problem``; ``warning``, which counts problems and unknowns too; ``never``.
@@ -78,6 +78,7 @@ class Diagnosis:
         }
 
 
-def some(values: Iterable[Any]) -> str:
+def shorten_list(values: Iterable[Any]) -> str:
+    """Return the first five values as one text, each once."""
     unique = list(dict.fromkeys(values))
     return ", ".join(map(str, unique[:5])) + (", ..." if len(unique) > 5 else "")

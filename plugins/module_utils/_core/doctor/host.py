@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Check this host: configuration, records, and work that was left over."""
+"""Check this host: configuration, records, and unfinished work."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ..version import __version__
 from ..vm import binding
 from ..workspaces import workspace_disk
 from . import daemon
-from .daemon import conditions_of
+from .daemon import read_conditions
 from .examination import Examination
-from .findings import FAILS, OK, PROBLEM, WARNING, Finding, some
+from .findings import FAILS, OK, PROBLEM, WARNING, Finding, shorten_list
 
 _FREE_BYTES = 100 * 1024 * 1024
 # What to do when leases and prune rest, by the reason.
@@ -30,7 +30,7 @@ _REST_ADVICE = {
     "restored": "look at agentlab sandbox reconcile and list, renew what is still needed, then run agentlab "
     "cleanup release (or agentlab_reconcile with release_leases=true)",
 }
-# What may stand in a damaged column instead, as SQL; other columns have no value that is right by itself.
+# A harmless value for a damaged column, as SQL. The other columns have none.
 _HARMLESS = {("sandboxes", "tags"): "'[]'", ("operations", "detail"): "'{}'"}
 
 
@@ -44,7 +44,7 @@ def check_configuration(exam: Examination) -> Iterable[Finding]:
         "python": platform.python_version(),
         "sqlite": read_sqlite_version(),
         "collection": __version__,
-        **_libraries(),
+        **_read_library_versions(),
     }
     yield Finding(
         "versions",
@@ -60,7 +60,7 @@ def check_configuration(exam: Examination) -> Iterable[Finding]:
         yield Finding(
             "configuration",
             WARNING,
-            f"the certificate of {proxmox.where} is not verified: whoever can answer in its place gets the token",
+            f"the certificate of {proxmox.where} is not verified: a host that answers in its place gets the token",
             "set validate_certs: true, and ca_path to a copy of the node's /etc/pve/pve-root-ca.pem",
         )
     if proxmox.api_host and not proxmox.token_name:
@@ -87,7 +87,7 @@ def check_configuration(exam: Examination) -> Iterable[Finding]:
 
 
 def _check_server(exam: Examination, path: str) -> Iterable[Finding]:
-    """Look at records on PostgreSQL: version, TLS, durability, standby, rights, and the two clocks."""
+    """Check records on PostgreSQL: version, TLS, durability, standby, rights, and the two clocks."""
     from ..store.postgres.examine import examine
 
     facts = {"path": path, "schema": schema.VERSION, **examine(exam.context.database)}
@@ -157,7 +157,7 @@ def _check_damage(exam: Examination, client: str) -> Iterable[Finding]:
             "records",
             PROBLEM,
             error.message.partition("; run agentlab_doctor")[0],
-            _mend(client, error.detail),
+            _explain_repair(client, error.detail),
             dict(error.detail),
         )
 
@@ -169,7 +169,7 @@ def check_database(exam: Examination) -> Iterable[Finding]:
             "database",
             PROBLEM,
             exam.store_error.message,
-            "nothing was changed; the message says what helps",
+            "follow the message; nothing was changed",
             {"path": path},
         )
         return
@@ -190,15 +190,15 @@ def check_database(exam: Examination) -> Iterable[Finding]:
             "free some space",
             facts,
         )
-    daemon_status = daemon.daemon_of_these_records(exam)
+    daemon_status = daemon.read_daemon_status(exam)
     if daemon_status is not None:
-        for condition in conditions_of(daemon_status):
+        for condition in read_conditions(daemon_status):
             if condition["part"] == "records" and condition["condition"] == FAILS:
-                # Every write of the daemon is refused, whatever the file at the path looks like.
+                # The daemon's writes fail, even if the file at the path is sound.
                 yield Finding("database", PROBLEM, f"agentlabd: {condition['why']}", condition["todo"], facts)
                 return
     if not os.path.exists(path):
-        lost = _lost_records(exam, daemon_status is not None)
+        lost = _explain_lost_records(exam, daemon_status is not None)
         if lost:
             yield Finding("database", PROBLEM, *lost, facts)
             return
@@ -267,10 +267,10 @@ def check_database(exam: Examination) -> Iterable[Finding]:
         yield from _check_damage(exam, f"sqlite3 {path}")
 
 
-def _lost_records(exam: Examination, in_use: bool) -> tuple[str, str] | None:
-    """Return what is wrong and what to do when the file of the records is missing but was there before, else None.
+def _explain_lost_records(exam: Examination, in_use: bool) -> tuple[str, str] | None:
+    """Return problem and advice if the file of the records is missing and was there before, else None.
 
-    ``in_use``: a daemon that answers works with the records at this path.
+    ``in_use``: the daemon answers, and works with the records at this path.
     """
     path = exam.config.database
     back = (
@@ -294,7 +294,7 @@ def _lost_records(exam: Examination, in_use: bool) -> tuple[str, str] | None:
 
 
 def check_work(exam: Examination) -> Iterable[Finding]:
-    """Yield what the records say of work left over, each kind with what ends it."""
+    """Yield the kinds of unfinished work in the records, each with the command that ends it."""
     context = exam.context
     now = context.clock.now()
     live = context.records.find_all()
@@ -319,15 +319,15 @@ def check_work(exam: Examination) -> Iterable[Finding]:
     if overdue:
         unfinished.append(
             (
-                f"{len(overdue)} sandboxes are past their lease and still live ({some(overdue)}): nobody lets leases"
-                " expire",
+                f"{len(overdue)} sandboxes are past their lease and still live ({shorten_list(overdue)}): no run lets"
+                " leases expire",
                 "run agentlab_reconcile on a schedule, or the daemon",
             )
         )
     if cut_off:
         unfinished.append(
             (
-                f"{len(cut_off)} operations were cut off: {some(cut_off)}",
+                f"{len(cut_off)} operations were cut off: {shorten_list(cut_off)}",
                 "run agentlab_reconcile (agentlab sandbox reconcile --apply), which finishes them; while it says that "
                 f"something may still be carried out, again after doubt_window ({context.config.doubt_window} s)",
             )
@@ -336,7 +336,7 @@ def check_work(exam: Examination) -> Iterable[Finding]:
         unfinished.append(
             (
                 f"{len(disks)} operations on workspaces were cut off: "
-                f"{some(f'{disk.name} ({disk.state})' for disk in disks)}",
+                f"{shorten_list(f'{disk.name} ({disk.state})' for disk in disks)}",
                 "run agentlab_reconcile (agentlab sandbox reconcile --apply), which finishes or undoes them; it takes "
                 "no workspace off a sandbox that runs: agentlab workspace detach does, once for each that stays",
             )
@@ -345,7 +345,7 @@ def check_work(exam: Examination) -> Iterable[Finding]:
         unfinished.append(
             (
                 f"{len(doubtful)} creations failed, and what is at their VMIDs is not certain to be theirs: "
-                f"{some(doubtful)}",
+                f"{shorten_list(doubtful)}",
                 f"destroy them with force (agentlab sandbox destroy --force {' '.join(doubtful[:20])}); where that "
                 "leaves a VM alone, its message says what to do by hand, and reconcile closes the rest",
             )
@@ -353,7 +353,7 @@ def check_work(exam: Examination) -> Iterable[Finding]:
     if waiting:
         unfinished.append(
             (
-                f"{len(waiting)} creations wait for their task to be run again: {some(waiting)}",
+                f"{len(waiting)} creations wait for their task to be run again: {shorten_list(waiting)}",
                 "run the same task again, or destroy them with force (agentlab sandbox destroy --force "
                 f"{' '.join(waiting[:20])}); otherwise their leases end them",
             )
@@ -364,7 +364,7 @@ def check_work(exam: Examination) -> Iterable[Finding]:
         yield Finding("work", OK, f"{len(live)} sandboxes, none past its lease, no operation cut off", None, facts)
 
 
-def _libraries() -> dict[str, str | None]:
+def _read_library_versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {}
     for name in ("proxmoxer", "requests", "yaml"):
         try:
@@ -375,11 +375,11 @@ def _libraries() -> dict[str, str | None]:
     return versions
 
 
-def _mend(client: str, detail: Mapping[str, Any]) -> str:
-    """Return how to mend one damaged value, as commands; ``client`` as for ``_check_damage``."""
+def _explain_repair(client: str, detail: Mapping[str, Any]) -> str:
+    """Return the commands that mend one damaged value. ``client`` as for ``_check_damage``."""
     table, column, row = (str(detail.get(name)) for name in ("table", "column", "row"))
     keys = {"sandboxes": "uuid", "operations": "sandbox_uuid", "workspaces": "id", "meta": "key"}
-    # The row is named with its key last, and in brackets for a sandbox.
+    # ``row`` ends with the key of the row; the row of a sandbox has it in brackets.
     key = row.removesuffix(")").rpartition(" ")[2].replace("'", "''")
     where = f"WHERE {keys.get(table, 'rowid')} = '{key}'"
     begin = "stop agentlabd and wait for plays to end; copy the records; then "

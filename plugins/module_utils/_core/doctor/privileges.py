@@ -6,7 +6,7 @@
 Proxmox VE's rules decide how the commands are written (pve-access-control 9, tried):
 
 - A role on a deeper path replaces the roles that are inherited from the paths above it. So a role that we grant on
-  a path holds everything that is needed there, and everything that the login holds there already.
+  a path has every privilege that is needed there, and every privilege that the login has there already.
 - Roles on one path add up, and a pool's roles add to those of its VMs.
 - A token that was made without ``--privsep 0`` holds only what both its user and the token itself are granted.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from ..config import Config
 
-# docs/safety.md says for which request each is needed. Tests run the life of a sandbox with these and no others.
+# docs/safety.md lists the request that needs each privilege. Tests run the life of a sandbox with these and no others.
 SEE = ("VM.Audit", "Sys.Audit")
 RUN = (
     "VM.Allocate",
@@ -43,25 +43,25 @@ EXTRA = {"AgentlabRun": ("Pool.Audit",), "AgentlabDisk": ("Datastore.Audit",)}
 ZONE = "/sdn/zones/localnetwork"
 # Whoever has one of these on / is an administrator of the cluster.
 ADMINISTRATOR = ("Permissions.Modify", "Sys.Modify", "Sys.PowerMgmt", "User.Modify", "Realm.Allocate")
-# Privileges that count on a path of that kind, and so have to stay there.
+# The prefixes of the privileges that have an effect on a path of each kind. Our role must keep those.
 _STAY = {"vms": ("VM.",), "pool": ("VM.", "Pool."), "storage": ("Datastore.",), "sdn": ("SDN.",)}
 _DEFAULT_USER, _DEFAULT_TOKEN = "agentlab@pve", "ansible"
 
 
 @dataclass(slots=True)
 class Standing:
-    """What Proxmox VE has already, as far as these credentials may read it. None: not known."""
+    """The roles, users, pool and ACL entries of Proxmox VE that these credentials may read. None: not known."""
 
     roles: dict[str, set[str]] | None = None
     users: set[str] | None = None
     pool: bool | None = None
     # ACL entries as GET /access/acl lists them
     entries: list[dict[str, object]] | None = None
-    # What the login holds now, by path
+    # The privileges that the login has now, by path
     held: dict[str, set[str]] = field(default_factory=dict)
 
 
-def needs(
+def list_needed_privileges(
     config: Config,
     *,
     template: int | None,
@@ -70,11 +70,11 @@ def needs(
     workspaces: Iterable[str] = (),
     snippets: str | None = None,
 ) -> dict[str, tuple[str, ...]]:
-    """Return the least privileges by path. Paths that are not known (no template, no storage) are left out.
+    """Return the least privileges by path. A path that is not known (no template, no storage) is left out.
 
     ``workspaces`` are the storages that hold workspaces; ``snippets`` is the storage for user data, where it is used.
     """
-    needed = {"/": SEE, run_path(config): RUN}
+    needed = {"/": SEE, choose_run_path(config): RUN}
     if template is not None:
         needed[f"/vms/{template}"] = CLONE
     if storage is not None:
@@ -84,10 +84,10 @@ def needs(
     if snippets is not None:
         needed[f"/storage/{snippets}"] = KEEP
     needed[ZONE] = NET
-    return {path: tuple(spell(name, release) for name in names) for path, names in needed.items()}
+    return {path: tuple(spell_privilege(name, release) for name in names) for path, names in needed.items()}
 
 
-def pveum_commands(
+def make_pveum_commands(
     config: Config,
     *,
     template: int | None,
@@ -97,46 +97,54 @@ def pveum_commands(
     snippets: str | None = None,
     standing: Standing | None = None,
 ) -> list[str]:
-    """Return what root runs on a node to make a token with the least privileges.
+    """Return the commands with which root makes a token with the least privileges on a node.
 
-    What there is already is not made again. Commands whose names are not known (no template, no storage) are left out.
+    Roles, users and pools that exist are not made again. A command is left out if its path is not known (no template,
+    no storage).
     """
     now = standing or Standing()
-    user, token = _new_login(config, now)
-    needed = needs(
+    user, token = _choose_login(config, now)
+    needed = list_needed_privileges(
         config, template=template, storage=storage, release=release, workspaces=workspaces, snippets=snippets
     )
-    granted = {path: _role(config, path, names) for path, names in needed.items()}
-    commands = [*([] if now.pool else pool_commands(config)), *_role_commands(granted, now)]
+    granted = {path: _choose_role(config, path, names) for path, names in needed.items()}
+    commands = [*([] if now.pool else make_pool_commands(config)), *_make_role_commands(granted, now)]
     if now.users is None or user not in now.users:
         commands.append(f"pveum user add {user}")
     commands += [f"pveum acl modify {path} --users {user} --roles {role}" for path, (role, _names) in granted.items()]
     return [*commands, f"pveum user token add {user} {token} --privsep 0"]
 
 
-def repair_commands(
+def make_repair_commands(
     config: Config, missing: Iterable[str], standing: Standing, needed: Mapping[str, tuple[str, ...]]
 ) -> list[str]:
-    """Return what root runs on a node so that this login gets what it lacks on these paths, and loses nothing there."""
+    """Return the commands with which root gives this login its missing privileges on these paths.
+
+    The login keeps every privilege that it has there. ``missing`` are the paths; ``needed`` the privileges by path.
+    """
     login = config.proxmox
     granted = {}
     for path in missing:
         prefixes = _STAY.get(path.split("/")[1], ("",))
         stay = sorted(name for name in standing.held.get(path, set()) if name.startswith(prefixes))
-        granted[path] = _role(config, path, needed[path], stay)
-    # Whether the pool exists may not be known yet; AgentlabRun has Pool.Audit, so the next examination tells.
-    commands = [*(pool_commands(config) if standing.pool is False else []), *_role_commands(granted, standing)]
+        granted[path] = _choose_role(config, path, needed[path], stay)
+    # We may not know yet whether the pool exists. AgentlabRun has Pool.Audit, so the next examination can tell.
+    commands = [
+        *(make_pool_commands(config) if standing.pool is False else []),
+        *_make_role_commands(granted, standing),
+    ]
     holders = [f"--users {login.user}"]
     if login.token_name:
         own = None if standing.entries is None else any(entry.get("ugid") == login.login for entry in standing.entries)
         nothing = not any(standing.held.values())
         if nothing and not own and not login.user.endswith("@pam"):
-            # Proxmox VE's default for a new token. Its user is ours, so the token may have all that the user has.
+            # Proxmox VE separates the privileges of a new token by default. The user is ours, so the token may have
+            # all privileges of the user.
             commands.insert(0, f"pveum user token modify {login.user} {login.token_name} --privsep 0")
         elif own or own is None or nothing:
             holders.append(f"--tokens '{login.login}'")
     if login.user == "root@pam":
-        # root@pam holds everything and has no ACL.
+        # root@pam has every privilege, and no ACL.
         holders = [holder for holder in holders if holder.startswith("--tokens")]
     commands += [
         f"pveum acl modify {path} {holder} --roles {role}"
@@ -148,28 +156,30 @@ def repair_commands(
     return commands
 
 
-def pool_commands(config: Config) -> list[str]:
+def make_pool_commands(config: Config) -> list[str]:
     """Return the command that makes the pool of the configuration."""
     return [f"pveum pool add {config.pool}"] if config.pool else []
 
 
 def satisfies(privileges: set[str], privilege: str) -> bool:
-    """Return whether these privileges serve for that one.
+    """Return whether these privileges include the privilege.
 
-    Proxmox VE takes VM.Config.Network in place of VM.Config.Cloudinit.
+    Proxmox VE accepts VM.Config.Network in place of VM.Config.Cloudinit.
     """
     return privilege in privileges or (privilege == "VM.Config.Cloudinit" and "VM.Config.Network" in privileges)
 
 
-def run_path(config: Config) -> str:
-    """Return the path on which sandboxes are worked on: the pool's, or that of all VMs."""
+def choose_run_path(config: Config) -> str:
+    """Return the path for the privileges on sandboxes: the pool's, or that of all VMs."""
     return f"/pool/{config.pool}" if config.pool else "/vms"
 
 
-def _role(config: Config, path: str, names: Iterable[str], stay: Iterable[str] = ()) -> tuple[str, tuple[str, ...]]:
+def _choose_role(
+    config: Config, path: str, names: Iterable[str], stay: Iterable[str] = ()
+) -> tuple[str, tuple[str, ...]]:
     """Return the name of the role that we grant on the path, and its privileges."""
     names = tuple(names)
-    if path == run_path(config):
+    if path == choose_run_path(config):
         role = "AgentlabRun"
     elif path.startswith("/vms/"):
         role = "AgentlabClone"
@@ -180,7 +190,7 @@ def _role(config: Config, path: str, names: Iterable[str], stay: Iterable[str] =
     return role, tuple(dict.fromkeys((*names, *EXTRA.get(role, ()), *stay)))
 
 
-def _new_login(config: Config, standing: Standing) -> tuple[str, str]:
+def _choose_login(config: Config, standing: Standing) -> tuple[str, str]:
     """Return user and token for the commands: the configured ones, unless they are root's or an administrator's."""
     login = config.proxmox
     administrator = set(ADMINISTRATOR) & standing.held.get("/", set())
@@ -189,7 +199,7 @@ def _new_login(config: Config, standing: Standing) -> tuple[str, str]:
     return (_DEFAULT_USER if login.user != _DEFAULT_USER else "sandboxes@pve"), _DEFAULT_TOKEN
 
 
-def _role_commands(granted: Mapping[str, tuple[str, tuple[str, ...]]], standing: Standing) -> list[str]:
+def _make_role_commands(granted: Mapping[str, tuple[str, tuple[str, ...]]], standing: Standing) -> list[str]:
     roles: dict[str, tuple[str, ...]] = {}
     for role, names in granted.values():
         roles[role] = tuple(dict.fromkeys((*roles.get(role, ()), *names)))
@@ -200,11 +210,11 @@ def _role_commands(granted: Mapping[str, tuple[str, tuple[str, ...]]], standing:
             # In single quotes: the double ones would get backslashes in the output of Ansible, which is JSON.
             commands.append(f"pveum role add {role} --privs '{' '.join(names)}'")
         elif not present.issuperset(names):
-            # Others may have the role, too: what it has stays.
+            # Other logins may use the role, too, so it keeps its privileges.
             commands.append(f"pveum role modify {role} --privs '{' '.join((*names, *sorted(present - set(names))))}'")
     return commands
 
 
-def spell(name: str, release: str) -> str:
-    """Return a privilege as this release of Proxmox VE calls it: 9 split VM.Monitor up."""
+def spell_privilege(name: str, release: str) -> str:
+    """Return the name of a privilege in this release of Proxmox VE: 9 split VM.Monitor up."""
     return "VM.Monitor" if name.startswith("VM.GuestAgent.") and release.startswith("8.") else name

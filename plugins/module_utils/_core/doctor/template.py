@@ -24,12 +24,12 @@ _NO_LINKED_CLONES = ("lvm", "iscsi", "iscsidirect")
 _DIRECTORIES = ("dir", "nfs", "cifs", "cephfs", "glusterfs")
 
 
-def _home(exam: Examination, identifier: str) -> str | None:
-    """Return the configured node; where the node is chosen, the first one that has a template of that name."""
+def _choose_template_node(exam: Examination, identifier: str) -> str | None:
+    """Return the configured node. If a creation chooses the node, return the first one with a template of that name."""
     if exam.config.node not in (None, AUTO):
         return exam.config.node
     if len(exam.nodes) <= 1:
-        # Also when the nodes could not be read: the credentials may lack Sys.Audit.
+        # The nodes may be unknown: the credentials may lack Sys.Audit.
         return None
     online = exam.context.cluster.list_nodes()
     named = sorted(templates.find_by_name(exam.context, identifier).values())
@@ -42,12 +42,12 @@ def check_template(exam: Examination, option: str | None) -> Iterable[Finding]:
         yield Finding(
             "template",
             UNKNOWN,
-            "no template is configured, so none was looked at",
+            "no template is configured, so none was checked",
             "set template in the configuration, or give the option template",
         )
         return
     try:
-        found_template = templates.find(exam.context, identifier, _home(exam, identifier))
+        found_template = templates.find(exam.context, identifier, _choose_template_node(exam, identifier))
         vmid, node = found_template.vmid, found_template.node
         config = found_template.config
         if config is None:
@@ -63,13 +63,13 @@ def check_template(exam: Examination, option: str | None) -> Iterable[Finding]:
     exam.template = (vmid, node, config)
     name = f"template {vmid} ({config.get('name')})"
     facts = {"vmid": vmid, "node": node}
-    misfits = list(_misfits(exam, vmid, node, config, name, facts))
+    misfits = list(_find_misfits(exam, vmid, node, config, name, facts))
     yield from misfits or [
         Finding("template", OK, f"{name} is fit: guest agent, cloud-init drive, linked clones", None, facts)
     ]
 
 
-def _misfits(
+def _find_misfits(
     exam: Examination, vmid: int, node: str, config: Mapping[str, Any], name: str, facts: dict[str, Any]
 ) -> Iterable[Finding]:
     if not address.is_agent_on(dict(config)):
@@ -86,7 +86,7 @@ def _misfits(
             "template",
             WARNING,
             f"{name} has no cloud-init drive: ip_config, nameserver and ssh_public_keys have no effect",
-            f"qm set {vmid} --ide2 {exam.config.storage or _storage_of(drives.values()) or 'local-lvm'}:cloudinit",
+            f"qm set {vmid} --ide2 {exam.config.storage or _find_storage(drives.values()) or 'local-lvm'}:cloudinit",
             facts,
         )
     if str(config.get("onboot", "0")) == "1":
@@ -97,12 +97,12 @@ def _misfits(
             f"qm set {vmid} --onboot 0",
             facts,
         )
-    yield from _missing_snippets(exam, vmid, node, str(config.get("cicustom") or ""), name, facts)
+    yield from _find_missing_snippets(exam, vmid, node, str(config.get("cicustom") or ""), name, facts)
     disks = [value for value in drives.values() if "media=cdrom" not in value and "cloudinit" not in value]
     if not disks:
         yield Finding("template", PROBLEM, f"{name} has no disk", "give it one, or choose another template", facts)
         return
-    kinds = {str(row.get("storage")): str(row.get("type")) for row in _storages(exam, node)}
+    kinds = {str(row.get("storage")): str(row.get("type")) for row in _list_storages(exam, node)}
     for disk in disks:
         storage = disk.partition(":")[0]
         exam.storage = exam.storage or storage
@@ -127,16 +127,16 @@ def _misfits(
             )
 
 
-def _missing_snippets(
+def _find_missing_snippets(
     exam: Examination, vmid: int, node: str, cicustom: str, name: str, facts: dict[str, Any]
 ) -> Iterable[Finding]:
-    """Find files that the template's cicustom names and that are not there.
+    """Find the snippets that the template's cicustom names and that do not exist.
 
-    Proxmox VE clones such a template, and refuses every start of the clone.
+    Proxmox VE clones such a template, and then refuses every start of the clone.
     """
     volumes = [value for value in (part.partition("=")[2] for part in cicustom.split(",")) if ":" in value]
     kinds = (
-        {str(row.get("storage")): str(row.get("content") or "").split(",") for row in _storages(exam, node)}
+        {str(row.get("storage")): str(row.get("content") or "").split(",") for row in _list_storages(exam, node)}
         if volumes
         else {}
     )
@@ -179,24 +179,24 @@ def _missing_snippets(
             )
 
 
-def _storages(exam: Examination, node: str) -> list[dict[str, Any]]:
+def _list_storages(exam: Examination, node: str) -> list[dict[str, Any]]:
     return exam.context.client.get_list(f"nodes/{node}/storage")
 
 
 def check_storage(exam: Examination) -> Iterable[Finding]:
-    node = home_node(exam)
+    node = find_home_node(exam)
     storage = exam.storage
     if node is None:
         yield Finding(
-            "storage", UNKNOWN, "not looked at: no node is known to ask", "see the findings quorum and template"
+            "storage", UNKNOWN, "not checked: no node is known to ask", "see the findings quorum and template"
         )
         return
-    rows = {str(row.get("storage")): row for row in _storages(exam, node)}
+    rows = {str(row.get("storage")): row for row in _list_storages(exam, node)}
     if storage is None:
         yield Finding(
             "storage",
             UNKNOWN,
-            "which storage sandboxes go to is not known (no template, no storage configured)",
+            "the storage of new sandboxes is not known (no template, no storage configured)",
             "see the finding template",
         )
         return
@@ -249,8 +249,8 @@ def check_storage(exam: Examination) -> Iterable[Finding]:
         )
 
 
-def home_node(exam: Examination) -> str | None:
-    """Return the node that sandboxes are cloned on: the template's, or else one that is online."""
+def find_home_node(exam: Examination) -> str | None:
+    """Return the node that clones sandboxes: the template's, or else one that is online."""
     return (
         exam.template[1]
         if exam.template
@@ -258,6 +258,6 @@ def home_node(exam: Examination) -> str | None:
     )
 
 
-def _storage_of(drives: Iterable[str]) -> str | None:
+def _find_storage(drives: Iterable[str]) -> str | None:
     """Return the storage of the first disk."""
     return next((value.partition(":")[0] for value in drives if ":" in value and "media=cdrom" not in value), None)

@@ -18,10 +18,10 @@ def examine(call: Call) -> Answer:
     try:
         report = examiner.examine(doctor.Scope(template=call.query.get("template")))
         bundle = (
-            doctor.bundle(examiner, report, hosts=call.query.get("bundle_hosts", False))
+            doctor.make_bundle(examiner, report, hosts=call.query.get("bundle_hosts", False))
             if call.query.get("bundle")
             else None
         )
-        return Answer({**doctor.shown(examiner, report), "bundle": bundle})
+        return Answer({**doctor.redact_report(examiner, report), "bundle": bundle})
     finally:
         examiner.close()
