@@ -34,6 +34,8 @@ def postgres() -> Iterator[PostgresServer]:
     running.execute("CREATE DATABASE latin ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
     running.execute("CREATE DATABASE ascii ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
     running.execute("CREATE DATABASE utf8")
+    # The tables of utf8 may belong to another role: the tests run in any order.
+    running.execute("CREATE DATABASE guarded OWNER guarded")
     rules = running.data / "pg_hba.conf"
     rules.write_text(f"host all guarded 127.0.0.1/32 scram-sha-256\n{rules.read_text()}")
     running.stop("fast")
@@ -201,8 +203,7 @@ def test_workspaces_are_listed_in_one_order_whatever_the_locale_of_the_database(
 def test_the_password_comes_from_where_libpq_takes_it(
     postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
-    postgres.execute("GRANT CREATE ON SCHEMA public TO guarded", "utf8")
-    place = f"127.0.0.1:{postgres.port}/utf8"
+    place = f"127.0.0.1:{postgres.port}/guarded"
     uri, password = f"postgresql://guarded@{place}", None
     if source == "option":
         password = "right-7y"

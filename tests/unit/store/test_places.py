@@ -52,7 +52,7 @@ def test_a_device_is_refused_and_keeps_its_mode(tmp_path: Path) -> None:
 
 def test_a_missing_privilege_shows_that_the_credentials_are_accepted() -> None:
     statistics = Statistics()
-    statistics.failed(AccessDenied("refused", status=401))
+    statistics.count_failure(AccessDenied("refused", status=401))
     assert statistics.refused == "refused"
-    statistics.failed(AccessDenied("may not do that", status=403))
+    statistics.count_failure(AccessDenied("may not do that", status=403))
     assert statistics.refused is None and statistics.reachable is True
