@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Cleanup: apply the cleanup rules through the destroy pipeline.
+"""Apply the cleanup rules through the destroy pipeline.
 
 A guard stops a run that would destroy too many sandboxes, and freezes all later runs.
 """
@@ -22,9 +22,9 @@ from ..store import history
 from ..store.freeze import FROZEN
 from . import prune, reconcile
 
-# Below this number of sandboxes the percentage of the guard is not applied.
+# The guard's percentage applies only to this number of candidates or more.
 GUARD_FROM = 5
-# Records to remove in one transaction, so that other writers get their turn between two transactions.
+# Records to remove in one transaction. Other writers wait for its end.
 _FORGET_AT_ONCE = 500
 
 
@@ -32,7 +32,8 @@ _FORGET_AT_ONCE = 500
 class CleanupResult:
     """The outcomes of a run or a dry run, in the same shape.
 
-    ``guard``: in a dry run, the reason why the guard would stop the run.
+    ``guard``: in a dry run, the reason why the guard would stop the run. ``candidates``: sandboxes chosen for destroy.
+    ``forgotten``: records of destroyed sandboxes that were removed.
     """
 
     pruned: list[Outcome] = field(default_factory=list)
@@ -62,9 +63,9 @@ class CleanupResult:
 
 
 def freeze(ctx: Context, reason: str) -> dict[str, Any]:
-    """Freeze all rules until a person releases them, also across restarts, and return the freeze.
+    """Freeze all rules until a person releases them, and return the freeze.
 
-    Keeps the first reason.
+    The freeze outlives restarts. If the rules are frozen already, the first freeze and its reason stay.
     """
     known = timeguard.frozen(ctx)
     if known:
@@ -75,7 +76,7 @@ def freeze(ctx: Context, reason: str) -> dict[str, Any]:
 
 
 def release(ctx: Context) -> dict[str, Any] | None:
-    """Release the rules; return the freeze that was in force, or None."""
+    """Release the rules, and return the freeze that was in force, or None."""
     known = timeguard.frozen(ctx)
     if known:
         ctx.records.set_meta(FROZEN, None)
@@ -86,16 +87,17 @@ def release(ctx: Context) -> dict[str, Any] | None:
 
 
 def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
-    """Run the rules once. A dry run and shadow mode read everything and write nothing.
+    """Run the rules once, and return the outcomes. A dry run and shadow mode read everything and write nothing.
 
-    Raises Frozen when cleanup is frozen, GuardTripped when this run has just frozen it, and Busy while another
-    controller runs the rules.
+    Raises Frozen if cleanup is frozen, GuardTripped if this run exceeded the guard and froze cleanup, and Busy while
+    another controller runs the rules.
     """
     with ctx.run_alone("cleanup"):
         return _run_rules(ctx, policy)
 
 
 def _run_rules(ctx: Context, policy: rules.Policy) -> CleanupResult:
+    """Choose the sandboxes, check the guard, and apply the rules; in a dry run, only plan them."""
     looking = ctx.dry_run
     stopped = timeguard.frozen(ctx)
     if stopped and not looking:
@@ -150,9 +152,9 @@ def _run_rules(ctx: Context, policy: rules.Policy) -> CleanupResult:
 def _choose_rules(
     ctx: Context, policy: rules.Policy, live: list[Sandbox], pause_reason: tuple[str, str] | None, report: CleanupResult
 ) -> list[tuple[rules.CleanupRule, Sandbox]]:
-    """Return which rule acts on which sandbox now, judged by the records alone.
+    """Return (rule, sandbox) for each sandbox on which a rule acts now, judged by the records alone.
 
-    The other sandboxes of a matching rule are added to the report as kept, with the reason.
+    If a rule matches a sandbox but does not act yet, the sandbox is added to the report as kept, with the reason.
     """
     now = ctx.clock.now()
     chosen = []
@@ -178,6 +180,7 @@ def _choose_rules(
 
 
 def _find_exceeded_guard(policy: rules.Policy, count: int, live: int) -> str | None:
+    """Return why the guard stops a run that would destroy ``count`` of ``live`` sandboxes, or None."""
     if count > policy.guard_count:
         return f"{count} sandboxes would be destroyed at once, more than guard count={policy.guard_count}"
     if count >= GUARD_FROM and count * 100 > policy.guard_percent * live:
@@ -186,6 +189,7 @@ def _find_exceeded_guard(policy: rules.Policy, count: int, live: int) -> str | N
 
 
 def _apply_rule(ctx: Context, rule: rules.CleanupRule, chosen: list[Sandbox], report: CleanupResult) -> None:
+    """Apply one rule to the sandboxes chosen for it, and add the outcomes to the report."""
     # Events name the rule as part of the actor.
     acting = ctx.derive(actor=f"{ctx.actor} (cleanup rule {rule.name})")
     acting.records.in_pass = True
@@ -207,9 +211,9 @@ def _refuse_frozen(ctx: Context, sandbox: Sandbox) -> None:
 
 
 def _give_creation_up(ctx: Context, rule: rules.CleanupRule, planned: Sandbox) -> Outcome:
-    """Give up a creation that no run works on any more, and return the outcome.
+    """Set a creation that no run works on to FAILED, and return the outcome.
 
-    Its VM, if there is one, is bound to the record and left for a later rule.
+    If the creation has a VM, the VM is bound to the record, and a later rule destroys both.
     """
     try:
         _refuse_frozen(ctx, planned)
@@ -230,6 +234,7 @@ def _add_outcomes(report: CleanupResult, more: prune.PruneResult) -> None:
 
 
 def _forget_destroyed(ctx: Context, older_than: int) -> int:
+    """Remove the records of sandboxes destroyed over ``older_than`` seconds ago, and return their number."""
     deleted = 0
     while True:
         count = history.forget(ctx.records, older_than, _FORGET_AT_ONCE)

@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Prune: destroy expired sandboxes and give the reason for each kept one.
+"""Destroy expired sandboxes, and give the reason for each kept sandbox.
 
-One planner serves the real run, check mode and dry run.
+The real run, check mode and the dry run use the same planner.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class PruneResult:
 
 @dataclass(slots=True)
 class Selection:
-    """The records to select: states, a minimum age in seconds, tags (any of them)."""
+    """The records to select: by state, by minimum age in seconds, and by tag (any of ``tags``).
+
+    ``max_count`` is a guard: a run with more candidates prunes nothing.
+    """
 
     states: Sequence[str] = (states.TIMEOUT,)
     older_than: int | None = None
@@ -42,6 +45,7 @@ class Selection:
     max_count: int | None = None
 
     def check(self) -> None:
+        """Raise InvalidInput for a state that cannot be pruned, and for a negative ``max_count``."""
         for state in self.states:
             if state not in states.PRUNABLE:
                 raise InvalidInput(
@@ -56,7 +60,7 @@ class Selection:
 
 
 def select(ctx: Context, selection: Selection) -> tuple[list[Sandbox], list[Outcome]]:
-    """Return (candidates, kept outcomes with their reason), judged by the records alone."""
+    """Return (candidates, outcomes of kept sandboxes with their reason), judged by the records alone."""
     selection.check()
     now = ctx.clock.now()
     candidates: list[Sandbox] = []
@@ -76,7 +80,10 @@ def select(ctx: Context, selection: Selection) -> tuple[list[Sandbox], list[Outc
 
 
 def explain_sparing(sandbox: Sandbox, older_than: int | None, now: int) -> tuple[str, str] | None:
-    """Return (reason, sentence) if the record alone keeps the sandbox, else None. Ages and times are in seconds."""
+    """Return (reason, sentence) if the record alone keeps the sandbox, else None.
+
+    ``older_than`` is the minimum age in seconds, ``now`` the time in seconds since the epoch.
+    """
     if sandbox.protected:
         return "protected", f"sandbox {sandbox.vmid} is protected"
     return None if older_than is None else explain_too_young(sandbox, older_than, now)
@@ -85,7 +92,8 @@ def explain_sparing(sandbox: Sandbox, older_than: int | None, now: int) -> tuple
 def explain_too_young(sandbox: Sandbox, older_than: int, now: int) -> tuple[str, str] | None:
     """Return (reason, sentence) for a sandbox that is too young, else None.
 
-    The age counts from entering the state and must be strictly greater. Without a timestamp the sandbox is too young.
+    The age counts from the time at which the sandbox entered its state, and must exceed ``older_than`` seconds. A
+    sandbox without that time is too young.
     """
     if sandbox.state_changed_at is None:
         return "too_young", f"sandbox {sandbox.vmid} has no time at which it entered {sandbox.state}"
@@ -98,9 +106,9 @@ def explain_too_young(sandbox: Sandbox, older_than: int, now: int) -> tuple[str,
 
 
 def run(ctx: Context, selection: Selection) -> PruneResult:
-    """Prune, and return the outcomes.
+    """Prune the selected sandboxes, and return the outcomes.
 
-    Raises GuardTripped, and prunes nothing, with more than ``max_count`` candidates.
+    Raises GuardTripped, and prunes nothing, if more than ``max_count`` sandboxes would be pruned.
     """
     ctx.records.in_pass = True
     candidates, kept = select(ctx, selection)
@@ -135,9 +143,10 @@ def execute(
     operation: str = "prune",
     allowed: Callable[[Sandbox], None] | None = None,
 ) -> None:
-    """Destroy the candidates, each only if it is unchanged since it was chosen. Adds the outcomes to the report.
+    """Destroy the candidates, and add the outcomes to the report. A candidate that has changed its state is kept.
 
-    ``allowed`` raises Kept when nothing more may be started.
+    ``operation`` names the run in the journal and in messages. ``allowed`` is called before each destroy, and raises
+    Kept if no more may be started.
     """
 
     def make_request(planned: Sandbox) -> destroy.Request:
@@ -158,6 +167,7 @@ def execute(
 
 
 def _sort_outcome(report: PruneResult, outcome: Outcome) -> None:
+    """Add an outcome to the pruned, kept or failed sandboxes of the report."""
     if outcome.state == states.DESTROYED and not outcome.failed:
         (report.pruned if outcome.changed else report.kept).append(outcome)
         if not outcome.changed:
@@ -170,7 +180,7 @@ def _sort_outcome(report: PruneResult, outcome: Outcome) -> None:
 
 
 def plan(ctx: Context, candidates: list[Sandbox], report: PruneResult) -> None:
-    """Add to the report what a run would do: all reads of the pipeline, none of its writes."""
+    """Add the outcomes of a run to the report, from all reads of the destroy pipeline and none of its writes."""
     if not candidates:
         return
     absent: list[Sandbox] = []

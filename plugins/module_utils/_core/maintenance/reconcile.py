@@ -1,11 +1,11 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Reconcile: compare the records with Proxmox in one pass, report the drift, and repair it with ``apply``.
+"""Compare the records with Proxmox in one pass, report the drift, and repair the drift with ``apply``.
 
-The report says what would be done and why; ``apply`` does exactly that. An unreachable node changes nothing. A VM
-without a record is reported and never adopted. When a large share of the records turns absent at once, nothing is
-written.
+The report names each repair and its reason, and ``apply`` does these repairs. If a node is unreachable, its sandboxes
+keep their records as they are. A VM without a record is reported and never adopted. If a large share of the sandboxes
+is absent at once, nothing is written.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from ..workspaces import workspace, workspace_disk
 
 # Kinds of drift in which the VM of the record is gone.
 _ABSENT = ("absent", "vmid_reused")
-# Fewer absences than this are never "a large share".
+# The guard against mass absence ignores fewer absences than this.
 _GUARD_FROM = 5
 _STOPS = ("qmstop", "qmshutdown", "qmsuspend", "hastop", "stopall", "qmreboot")
 _STARTS = ("qmstart", "qmresume", "hastart", "startall")
-# Seconds for which a configuration stays known while its VM keeps running.
+# Seconds after which the configuration of a running VM is read again.
 KNOWN_SECONDS = 3600
-# The VM list lags by ten seconds, and by more on a busy node.
+# Seconds by which the uptime in the VM list may be wrong. The list lags by ten seconds, and by more on a busy node.
 _LAG_SECONDS = 60
 
 
 @dataclass(slots=True)
 class Drift:
-    """One difference: its kind, the action, and the evidence."""
+    """One difference between the records and Proxmox: its kind, the action on it, and the evidence."""
 
     kind: str
     action: str
@@ -72,31 +72,30 @@ class Drift:
 
 
 class KnownVms:
-    """The configurations that earlier passes of a daemon judged to be ours, to save reading them again.
+    """A cache of the VMs that earlier passes of a daemon judged to be ours, so that not every pass reads them again.
 
-    A VM that has run without a break since its configuration was judged is still the same VM: its VMID cannot have gone
-    to another VM. Only an edited configuration goes unnoticed, for at most KNOWN_SECONDS. No operation relies on this:
-    each judges the VM again before it acts.
+    If a VM has run without a break since it was judged, its VMID cannot have gone to another VM. An edited
+    configuration goes unnoticed for at most KNOWN_SECONDS. No operation relies on this cache: each operation judges the
+    VM again before it acts.
     """
 
     def __init__(self) -> None:
-        # UUID of the sandbox -> seconds since boot before its configuration was read.
+        # UUID of the sandbox -> time (seconds since boot) directly before its configuration was read.
         self._judged_at: dict[str, float] = {}
 
     def note(self, sandbox: Sandbox, at: float) -> None:
-        """Remember that a sandbox's VM was read at ``at`` (seconds since boot) without drift."""
+        """Note that a sandbox's VM was read without drift. ``at`` is the time of the reading, in seconds since boot."""
         self._judged_at[sandbox.uuid] = at
 
     def keep_only(self, sandboxes: list[Sandbox]) -> None:
-        """Forget all other sandboxes."""
+        """Drop all other sandboxes from the cache, or it grows forever."""
         live = {sandbox.uuid for sandbox in sandboxes}
         self._judged_at = {uuid: at for uuid, at in self._judged_at.items() if uuid in live}
 
     def covers(self, sandbox: Sandbox, row: dict[str, Any], now: float) -> bool:
-        """Return whether the VM in this row of the list needs no reading.
+        """Return whether the VM in this row of the VM list needs no reading. ``now`` is in seconds since boot.
 
-        That is so if it runs on the recorded node in the recorded state, and has run since it was judged. ``now`` is in
-        seconds since boot.
+        The VM must run on the node and in the state of the record, and must have run since it was judged.
         """
         at = self._judged_at.get(sandbox.uuid)
         if at is None or sandbox.state not in (states.READY, states.RUNNING) or sandbox.absent_seen_at is not None:
@@ -108,11 +107,13 @@ class KnownVms:
 
 
 def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: KnownVms | None = None) -> list[Drift]:
-    """Run one pass over all live records and return the drift.
+    """Run one pass over all live records, and return the drift. ``apply``: repair the drift.
 
-    ``known_vms`` holds results of earlier passes; without it every configuration is read. With ``apply`` GuardTripped
-    is raised before the first write when too many sandboxes are absent at once, and Busy while another controller
-    reconciles.
+    ``adopt_cluster``: store the present cluster as the cluster of the records before. ``known_vms``: the cache of
+    earlier passes; without the cache, every configuration is read.
+
+    With ``apply``, raises GuardTripped before the first write if too many sandboxes are absent at once, and Busy while
+    another controller reconciles.
     """
     if apply:
         with ctx.run_alone("reconcile"):
@@ -133,7 +134,7 @@ def _run_pass(ctx: Context, apply: bool, adopt_cluster: bool, known_vms: KnownVm
     drifts, unrecorded = _survey_records(ctx, live, looks, known_vms)
     del live
     if apply:
-        # Check before any write: a pass that cannot be trusted must not finish or expire anything either.
+        # Check before any write. On the wrong cluster this pass must not finish or expire anything either.
         _refuse_mass_absence(ctx, [*drifts.values(), *unrecorded], count)
     settled: list[Drift] = []
     if writing:
@@ -145,11 +146,11 @@ def _run_pass(ctx: Context, apply: bool, adopt_cluster: bool, known_vms: KnownVm
                 settled.append(Drift("interrupted", "finish it", evidence, sandbox))
     settled += _expire_leases(ctx, writing)
     if writing:
-        # Compare again what those two steps changed. The other results stay valid.
+        # Compare again the sandboxes that those two steps changed. The other results stay valid.
         now = overview.read_generations(ctx.records)
         changed = {uuid for uuid, generation in now.items() if before.get(uuid) != generation}
         if settled:
-            # Those steps may have taken long. Look again at each sandbox that is about to be repaired.
+            # Those steps may have taken long. Compare each sandbox again before its repair.
             changed |= {uuid for uuid, drift in drifts.items() if drift.repair and uuid in now}
         again: dict[str, Drift] = {}
         if changed:
@@ -165,10 +166,11 @@ def _run_pass(ctx: Context, apply: bool, adopt_cluster: bool, known_vms: KnownVm
 
 
 def finish_own_files(ctx: Context) -> list[Drift]:
-    """Finish what other controllers could not, because a snippet is on this host; return it as drift.
+    """Finish operations that other controllers could not finish because a snippet is on this host; return the drift.
 
-    Another controller that destroys such a sandbox, gives its creation up or finds its VM gone keeps the record
-    (reason ``snippet``). It cannot remove the file. This pass looks at no other sandbox, so it needs no lead.
+    Another controller cannot remove a snippet file of this host. So when that controller destroys such a sandbox, gives
+    up its creation or finds its VM gone, the record stays (reason ``snippet``). This pass looks at no other sandbox, so
+    it may run beside the controller that reconciles.
     """
     ctx.records.in_pass = True
     waiting = overview.list_waiting_for_snippet(ctx.records, holders.read_host_name())
@@ -189,7 +191,7 @@ def finish_own_files(ctx: Context) -> list[Drift]:
 
 
 def _refuse_mass_absence(ctx: Context, drifts: list[Drift], live: int) -> None:
-    """Raise GuardTripped when a large share of the live sandboxes is absent at once."""
+    """Raise GuardTripped if more than ``absent_guard`` percent of the live sandboxes are absent at once."""
     absent = sum(drift.kind in _ABSENT for drift in drifts)
     if absent >= _GUARD_FROM and absent * 100 > ctx.config.absent_guard * live:
         raise GuardTripped(
@@ -202,7 +204,10 @@ def _refuse_mass_absence(ctx: Context, drifts: list[Drift], live: int) -> None:
 
 
 def _finish_workspaces(ctx: Context, writing: bool) -> list[Drift]:
-    """Finish or undo the operations of killed runs on workspaces, and free the workspaces of destroyed sandboxes."""
+    """Finish or undo the operations of killed runs on workspaces, and free the workspaces of destroyed sandboxes.
+
+    Returns the drift; without ``writing``, only the drift.
+    """
     drifts = []
     for disk in workspace_disk.list_unfinished(ctx):
         drift = Drift("workspace", "finish or undo it", {"workspace": disk.name, "state": disk.state}, vmid=disk.vmid)
@@ -224,9 +229,10 @@ def _survey_records(
     *,
     unrecorded: bool = True,
 ) -> tuple[dict[str, Drift], list[Drift]]:
-    """Compare these records with Proxmox. Returns the drift by sandbox, and the VMs with our marker but no record.
+    """Compare these records with Proxmox, without any write.
 
-    Only reads.
+    Returns (drift by the sandbox's UUID, drift of VMs that have our marker but no record). Without ``unrecorded`` the
+    second part is empty.
     """
     if not records and not unrecorded:
         return {}, []
@@ -250,7 +256,7 @@ def _survey_records(
     drifts = {sandbox.uuid: drift for sandbox, drift in zip(records, compared, strict=True) if drift is not None}
     if not unrecorded:
         return drifts, []
-    # The VM at a reused VMID may be of ours, too: after a restore it is newer than the records.
+    # A reused VMID may hold another VM of ours: after a restore of the records, that VM is newer than they are.
     reused = {
         uuid
         for uuid, drift in drifts.items()
@@ -260,6 +266,7 @@ def _survey_records(
 
 
 def _apply_drift(drift: Drift) -> None:
+    """Do the repair of a drift, and note in the drift whether the repair succeeded."""
     if drift.repair is None:
         return
     try:
@@ -270,7 +277,7 @@ def _apply_drift(drift: Drift) -> None:
 
 
 def _expire_leases(ctx: Context, apply: bool) -> list[Drift]:
-    """Return the drift of expired leases, and expire them with ``apply``. A running daemon does this by itself."""
+    """Return the drift of expired leases; ``apply``: expire them. A running daemon also expires leases by itself."""
     if not apply:
         pause_reason = timeguard.suspended(ctx)
         if pause_reason:
@@ -311,7 +318,7 @@ def _expire_leases(ctx: Context, apply: bool) -> list[Drift]:
         for outcome in passed.renewed
     ]
     if timeguard.hold_leases(ctx):
-        # The leases are over only by the older copy of the records. They may have been renewed since that copy.
+        # After a restore of the records, leases are over by the older copy. They may have been renewed since that copy.
         return drifts
     known = {outcome.uuid for outcome in passed.expired if outcome.uuid}
     drifts += [
@@ -329,19 +336,20 @@ def _expire_leases(ctx: Context, apply: bool) -> list[Drift]:
 
 
 def _explain_failure(problem: str | None) -> str | None:
-    """Return why a VM could not be stopped; None when this pass settles it, or another run is stopping it."""
+    """Return the problem if the VM could not be stopped. None if there is no VM of ours, or another run stops it."""
     return None if problem in (lease.NO_VM, lease.ANOTHER_VM, lease.UNDER_WAY) else problem
 
 
 def _add_note(evidence: dict[str, Any], problem: str | None) -> dict[str, Any]:
+    """Return the evidence, with a problem that is no failure (see _explain_failure) as ``note``."""
     return {**evidence, "note": problem} if problem is not None and _explain_failure(problem) is None else evidence
 
 
 def _finish_interrupted(ctx: Context, only: set[str] | None = None) -> list[Drift]:
     """Finish the operations of killed runs, and return them as drift. ``only``: UUIDs of the sandboxes; None: all.
 
-    A destroy continues. A creation becomes FAILED, with its VM bound if that is ours. Everything else is compared
-    again.
+    A destroy continues. A creation becomes FAILED, and its VM is bound if the VM is ours. For other operations the
+    journal entry is closed, and the pass compares the sandbox.
     """
     drifts = []
     overview.drop_dead_claims(ctx.records)
@@ -376,7 +384,7 @@ def _finish_interrupted(ctx: Context, only: set[str] | None = None) -> list[Drif
 
 
 def _finish_destroy(ctx: Context, entry: JournalEntry, sandbox: Sandbox, drift: Drift) -> None:
-    """Continue a destroy, or give it up where the present rules refuse it and its delete was not decided yet."""
+    """Continue a destroy. Give it up if the present rules refuse it and its delete was not decided yet."""
     drift.action = "destroy finished"
     request = destroy.Request(
         operation=entry.destroy.operation,
@@ -385,7 +393,7 @@ def _finish_destroy(ctx: Context, entry: JournalEntry, sandbox: Sandbox, drift: 
         clean_up=entry.destroy.operation == "clean-up",
     )
     if not entry.is_sent_delete:
-        # Until the delete was decided, check the request again by the present rules.
+        # The delete was not decided yet, so no delete can be under way. Check the request by the present rules.
         try:
             _refuse_chosen(ctx, entry)
             if not destroy.check(ctx, sandbox, request.force):
@@ -393,7 +401,7 @@ def _finish_destroy(ctx: Context, entry: JournalEntry, sandbox: Sandbox, drift: 
         except (Kept, StateConflict) as refused:
             drift.action = f"destroy given up: {refused.message}"
             with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
-                # An unbound VM is recognised by the creation's journal, so a later destroy needs it.
+                # Only the creation's journal entry identifies an unbound VM, and a later destroy needs that entry.
                 creation = entry.creation if current.smbios_uuid is None else None
                 ctx.records.change(
                     claim, current, "destroy", outcome="interrupted", reason=entry.phase, finish=creation is None
@@ -408,7 +416,7 @@ def _finish_destroy(ctx: Context, entry: JournalEntry, sandbox: Sandbox, drift: 
 
 
 def _finish_creation(ctx: Context, claim: Claim, sandbox: Sandbox, drift: Drift) -> Sandbox:
-    """Set a READY sandbox to RUNNING: its VM was started, and only the last step was missing. Returns the record."""
+    """Set a READY sandbox to RUNNING, and return the record. Its VM was started; only this last step was missing."""
     if sandbox.state != states.READY:
         return sandbox
     drift.action = "creation finished"
@@ -416,14 +424,14 @@ def _finish_creation(ctx: Context, claim: Claim, sandbox: Sandbox, drift: Drift)
 
 
 def _finish_start(ctx: Context, claim: Claim, sandbox: Sandbox, drift: Drift) -> Sandbox:
-    """Set a sandbox to RUNNING whose VM runs although the answer to its start was lost. Returns the record.
+    """Set a sandbox to RUNNING if its VM runs although the answer to its start was lost. Returns the record.
 
-    A running VM needs a record whose lease can end it.
+    Only the lease of a RUNNING sandbox stops a running VM.
     """
     if sandbox.state not in (states.STOPPED, states.SUSPENDED) or sandbox.smbios_uuid is None:
         return sandbox
     located = locate(ctx, sandbox)
-    # The reported power state counts only if the VM was ours both before and after the request.
+    # The status request names only the VMID. So the VM must be ours both before and after the request.
     if not (located.match and power.is_running(ctx, located) and locate(ctx, sandbox).match):
         return sandbox
     drift.action = "start finished"
@@ -431,9 +439,9 @@ def _finish_start(ctx: Context, claim: Claim, sandbox: Sandbox, drift: Drift) ->
 
 
 def _refuse_chosen(ctx: Context, entry: JournalEntry) -> None:
-    """Raise Kept for a destroy that a rule or an age chose and that is not decided yet.
+    """Raise Kept if a cleanup rule or a prune chose this destroy, whose delete is not decided yet.
 
-    Meanwhile the rules may say something else, be frozen, or be held.
+    Since then the rules may have been changed or frozen, or the clock may have jumped.
     """
     if entry.destroy.operation == "cleanup":
         raise Kept("rule", "a cleanup rule had chosen it; the next run of the rules decides anew")
@@ -442,9 +450,9 @@ def _refuse_chosen(ctx: Context, entry: JournalEntry) -> None:
 
 
 def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | None = None) -> Sandbox:
-    """Set a creation that no run works on to FAILED, bind its VM if that is ours, and return the record.
+    """Set a creation that no run works on to FAILED, bind its VM if the VM is ours, and return the record.
 
-    Raises Busy while a run works on it.
+    ``evidence`` is stored in the event. Raises Busy while a run works on the sandbox, and Kept if its state changed.
     """
     with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
         if current.state != sandbox.state:
@@ -457,7 +465,7 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
             current = ctx.records.get(current.uuid)
             bound = bound or (unfinished is not None and binding.has_left_nothing(ctx, current, unfinished))
         snippets.remove(ctx, current)
-        # Keep the journal entry of an unbound VM: a later destroy needs it to recognise its own VM.
+        # Keep the journal entry if the VM is not bound: only that entry tells a later destroy which VM is ours.
         return ctx.records.change(
             claim,
             current,
@@ -473,6 +481,7 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
 def _compare_sandbox(
     ctx: Context, sandbox: Sandbox, rows: dict[int, dict[str, Any]], proofs: dict[int, Any], looks: address.Looks
 ) -> Drift | None:
+    """Return the drift of one sandbox, or None. ``rows`` is the VM list, ``proofs`` the absences, both by VMID."""
     if sandbox.smbios_uuid is None:
         return _find_stale_creation(ctx, sandbox)
     row = rows.get(sandbox.vmid)
@@ -501,24 +510,24 @@ def _compare_sandbox(
     try:
         drift = _find_power_drift(ctx, sandbox, located)
     except ProxmoxError as error:
-        # The VM may have vanished, or its node stopped answering, since the list was read. Report this sandbox as
-        # unknown and continue with the others.
+        # Since the list was read, the VM may have vanished, or its node may have stopped answering. Report this sandbox
+        # as unknown, and continue with the others.
         return Drift("unknown", "none", {"why": error.message}, sandbox)
     if drift is not None:
         try:
             ctx.cluster.require_quorum()
         except Kept as error:
-            # This node's copy of the configuration may be old: the VM may have been started on the other side of a
-            # partition.
+            # Without quorum this node's copy of the configuration may be old: the VM may have been started on the other
+            # side of a network partition.
             return Drift("unknown", "none", {**drift.evidence, "why": error.message}, sandbox)
         return drift
     return _find_address_drift(ctx, sandbox, looks.look_up(sandbox, located))
 
 
 def _find_address_drift(ctx: Context, sandbox: Sandbox, ip: str | None) -> Drift | None:
-    """Return the drift when the guest reports another address than the record has, else None."""
+    """Return the drift if the guest reports another address than the record has, else None."""
     if ip is None or sandbox.ip in (None, ip):
-        # Looks.remember stores a first address. Only a different address is drift.
+        # Looks.remember stores a first address, so a first address is no drift.
         return None
     return Drift(
         "address",
@@ -530,7 +539,11 @@ def _find_address_drift(ctx: Context, sandbox: Sandbox, ip: str | None) -> Drift
 
 
 def _find_absence_drift(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any]) -> Drift:
-    """Return the drift of an absent VM. The first pass notes the absence; the second in a row marks it DESTROYED."""
+    """Return the drift of a VM that is gone. ``kind``: ``absent``, or ``vmid_reused`` if another VM has the VMID.
+
+    An absence is only noted in the first pass. The second pass in a row sets the sandbox to DESTROYED. A reused VMID
+    does so at once.
+    """
     if kind == "absent" and sandbox.absent_seen_at is None:
         return Drift(
             kind,
@@ -549,7 +562,7 @@ def _find_absence_drift(ctx: Context, sandbox: Sandbox, kind: str, evidence: dic
             try:
                 leftovers.clear(ctx, claim, current)
             except Kept as kept:
-                # The host of a snippet reads this event.
+                # The controller on the snippet's host reads this event (finish_own_files).
                 ctx.records.note(current, "reconcile", outcome="kept", reason=kept.reason)
                 raise
             current = ctx.records.get(current.uuid)
@@ -562,6 +575,7 @@ def _find_absence_drift(ctx: Context, sandbox: Sandbox, kind: str, evidence: dic
 
 
 def _find_power_drift(ctx: Context, sandbox: Sandbox, located: Located) -> Drift | None:
+    """Return the drift of a VM that is ours: in its power state, its node, or a noted absence; None without drift."""
     evidence: dict[str, Any] = {"node": located.node, "vm_status": located.row.get("status")}
     vm_state = _read_vm_state(ctx, sandbox, located)
     if vm_state is not None:
@@ -572,7 +586,7 @@ def _find_power_drift(ctx: Context, sandbox: Sandbox, located: Located) -> Drift
         target = states.STOPPED
         if not explained:
             hidden = _explain_hidden_tasks(ctx, str(located.node))
-            # FAILED claims that nobody stopped the VM. If tasks may be hidden, only "stopped" is certain.
+            # FAILED means that nobody stopped the VM. If tasks may be hidden, only "stopped" is certain.
             target = states.STOPPED if hidden else states.FAILED
             if hidden:
                 evidence["why"] = hidden
@@ -609,9 +623,10 @@ def _find_power_drift(ctx: Context, sandbox: Sandbox, located: Located) -> Drift
 
 
 def _read_vm_state(ctx: Context, sandbox: Sandbox, located: Located) -> str | None:
-    """Return the power state that the VM itself reports, where the list disagrees with the record. The list lags.
+    """Return the power state that the VM itself reports, if the VM list disagrees with the record.
 
-    None where list and record agree, or where the record's state says nothing about power.
+    The list lags, so a disagreement is checked at the VM. Returns None if list and record agree, or if the record's
+    state says nothing about power.
     """
     listed = located.row.get("status")
     agrees = {states.READY: "running", states.RUNNING: "running", states.STOPPED: "stopped"}
@@ -628,6 +643,8 @@ def _read_vm_state(ctx: Context, sandbox: Sandbox, located: Located) -> str | No
 
 
 def _make_follow(ctx: Context, sandbox: Sandbox, vm_state: str, located: Located) -> Callable[[], None]:
+    """Return the repair that sets the record to the power state of the VM."""
+
     def work() -> None:
         with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
             if (current.state, current.generation) != (sandbox.state, sandbox.generation):
@@ -638,6 +655,8 @@ def _make_follow(ctx: Context, sandbox: Sandbox, vm_state: str, located: Located
 
 
 def _make_amendment(ctx: Context, sandbox: Sandbox, **values: Any) -> Callable[[], None]:
+    """Return the repair that sets these values of the record, without a change of state."""
+
     def work() -> None:
         ctx.records.amend(sandbox, "reconcile", **values)
 
@@ -647,6 +666,8 @@ def _make_amendment(ctx: Context, sandbox: Sandbox, **values: Any) -> Callable[[
 def _make_move(
     ctx: Context, sandbox: Sandbox, target: str, evidence: dict[str, Any], **values: Any
 ) -> Callable[[], None]:
+    """Return the repair that moves the sandbox to the state ``target``, and sets these values of the record."""
+
     def work() -> None:
         with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
             if (current.state, current.generation) != (sandbox.state, sandbox.generation):
@@ -659,9 +680,9 @@ def _make_move(
 
 
 def _find_stop_task(ctx: Context, sandbox: Sandbox, node: str) -> str | None:
-    """Return the task that explains why the VM is stopped, or None.
+    """Return the id of the task that stopped the VM, or None.
 
-    That is the newest start or stop task since the state was entered, if it is a stop.
+    The newest start or stop task since the sandbox entered its state decides. Only a stop explains a stopped VM.
     """
     for row in ctx.client.get_list(
         f"nodes/{node}/tasks",
@@ -671,13 +692,16 @@ def _find_stop_task(ctx: Context, sandbox: Sandbox, node: str) -> str | None:
         since=max(0, (sandbox.state_changed_at or 0) - 60),
     ):
         if row.get("type") in (*_STOPS, *_STARTS) and str(row.get("status") or "").startswith(("OK", "WARNINGS")):
-            # A stop before the last start explains nothing. It may even belong to an earlier VM with this VMID.
+            # A stop before the last start explains nothing. That task may even belong to an earlier VM with this VMID.
             return str(row.get("upid")) if row.get("type") in _STOPS else None
     return None
 
 
 def _explain_hidden_tasks(ctx: Context, node: str) -> str | None:
-    """Return why other users' tasks may be hidden, so that a missing task proves nothing; None if all are visible."""
+    """Return why Proxmox may hide tasks of other users on this node; None if these credentials see all tasks.
+
+    If tasks may be hidden, a missing stop task proves nothing.
+    """
     path = f"/nodes/{node}"
     try:
         if ctx.cluster.has_privilege(path, "Sys.Audit"):
@@ -688,7 +712,7 @@ def _explain_hidden_tasks(ctx: Context, node: str) -> str | None:
 
 
 def _find_stale_creation(ctx: Context, sandbox: Sandbox) -> Drift | None:
-    """Return the drift of a creation without journal and claim: no run works on it, so it becomes FAILED."""
+    """Return the drift of a creation that no run works on and that has no journal entry. Its repair is FAILED."""
     if sandbox.state not in states.CREATING:
         return None
     if ctx.records.is_worked_on(sandbox.uuid):
@@ -698,9 +722,9 @@ def _find_stale_creation(ctx: Context, sandbox: Sandbox) -> Drift | None:
 
 
 def _find_unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbox]) -> list[Drift]:
-    """Return the VMs with our marker that no live record has. They are never adopted.
+    """Return the drift of VMs that have our marker but no live record. Such VMs are never adopted.
 
-    A VM of another database is left out, unless it is inside our own vmid_range.
+    A VM of another database is no drift outside our own vmid_range.
     """
     database = ctx.records.read_database_id()
     known = {sandbox.vmid for sandbox in live}
@@ -721,15 +745,15 @@ def _find_unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[S
         marks = identity.read_markers(config)
         other_databases = identity.read_other_databases(config, database)
         if other_databases and not _is_in_range(ctx, vmid):
-            # The other database has its record. Inside our range no other VM is expected, and our records may be lost.
+            # The other database has the VM's record. Inside our own range, report the VM: our records may be lost.
             return None
         try:
             now = ctx.records.find_live_by_vmid(vmid)
         except DamagedRecord:
-            # The VM has a record, which is damaged and reported elsewhere.
+            # The VM has a record. Other code reports the damage of that record.
             return None
         if not marks or (now is not None and now.uuid in marks):
-            # Without a marker it is not ours. With a record it was created after the records were read.
+            # A VM without a marker is not ours. A VM with a record now was created after the records were read.
             return None
         return Drift(
             "unrecorded",

@@ -11,36 +11,36 @@ from typing import Any
 from ..config import ProxmoxSettings
 from ..errors import AccessDenied, ApiError, OutcomeUnknown, ProxmoxError, Unreachable
 
-# Texts by which Proxmox says that it did not begin (worker not started, lock not acquired). Repeating is safe.
+# Texts of a request that Proxmox did not begin: no worker started, or no lock acquired. A retry is safe.
 _NOT_BEGUN = ("start worker failed", "got no worker upid", "can't lock file", "unable to acquire lock")
 # Seconds before a request that did not begin is sent again.
 LOCK_PAUSE = 1.0
-# 595 comes from Proxmox's own proxy: the node refused the connection, so the request was not delivered.
+# pveproxy answers 595 when it cannot connect to the node: the request was not delivered.
 _NOT_DELIVERED = (595,)
-# 596-599 come from Proxmox's own proxy, 502-504 from a proxy in front of it. The request may still be carried out.
+# pveproxy answers 596-599 when its connection to the node breaks later. A proxy in front of Proxmox answers 408 and
+# 502-504. In both cases Proxmox may still carry out the request.
 _FOREIGN_PROXY = (408, 502, 503, 504)
 _UNKNOWN = (*_FOREIGN_PROXY, 596, 597, 598, 599)
 _AGENT = re.compile(r"nodes/[^/]+/qemu/\d+/agent/")
-# Bytes of one unpacked answer (a list of 10,000 VMs has 5 MB), and depth of nested objects and lists (Proxmox uses
-# six).
+# Limits of one unpacked answer: bytes (a list of 10,000 VMs has 5 MB) and nesting depth (Proxmox uses six levels).
 LARGEST_ANSWER = 32 * 1024 * 1024
 DEEPEST_ANSWER = 32
 _LONGEST_TEXT = 1000
-# The texts for a full storage: from the kernel, qemu-img, LVM (thick and thin), ZFS, Ceph and quotas. " | " separates
-# lines of a task's log.
+# Texts of a full storage from the kernel, qemu-img, LVM (thick and thin), ZFS, Ceph and quotas. In the texts to search,
+# " | " separates the lines of a task's log.
 _FULL = re.compile(
     r"no space left|out of (data )?space|insufficient (free|suitable|allocatable) ?(space|extents)?|quota exceeded|"
     r"not enough (free )?space|greater than available space|free space in thin pool|"
     r"thin pool [^|]{0,80}(\bfull\b|exceeds|out of)|\bosd\b[^|]{0,40}\bfull\b|pool[^|]{0,40} is full",
     re.IGNORECASE,
 )
-# LVM writes these warnings into the log of each clone on a thin pool, however much room is left.
+# LVM writes these warnings into the log of each clone on a thin pool, even into a pool with enough room.
 _WARNED_ALWAYS = re.compile(
     r"protection against thin pools running out of space|thin pools before they get full|exceeds the size of thin pool",
     re.IGNORECASE,
 )
-# The privilege for each kind of request, because not every answer names it. A role on a deeper path replaces the
-# inherited roles.
+# The privilege for each kind of request, because Proxmox does not always name the missing privilege. In Proxmox a role
+# on a deeper path replaces the inherited roles.
 _NEEDS = {
     "GET cluster/status": "Sys.Audit on /",
     "GET cluster/ha/status/current": "Sys.Audit on /",
@@ -58,15 +58,15 @@ _NEEDS = {
 
 
 def is_config_changed(text: str) -> bool:
-    """Return whether the text says that the configuration has changed since the digest.
+    """Return whether Proxmox refused a write because the configuration changed after its digest was read.
 
-    Some releases write "mismatch" with two s.
+    Some releases of Proxmox VE spell the text "checksum missmatch".
     """
     return re.search("checksum miss?match", text) is not None
 
 
 def is_not_begun(text: str) -> bool:
-    """Return whether the text says that Proxmox did not begin: no worker started, or a lock not acquired."""
+    """Return whether the text says that Proxmox did not begin the request: no worker started, or no lock acquired."""
     return any(part in text for part in _NOT_BEGUN)
 
 
@@ -81,17 +81,21 @@ def advise_on_room(text: str) -> str:
 
 
 def name_kind(path: str) -> str:
-    """Return the kind of a request for counting: its path with names and numbers replaced."""
+    """Return the path of a request with placeholders for node, VMID and task id, to count requests by kind."""
     path = re.sub(r"/tasks/[^/]+", "/tasks/{upid}", path)
     path = re.sub(r"^nodes/[^/]+", "nodes/{node}", path)
     return re.sub(r"/qemu/\d+", "/qemu/{vmid}", path)
 
 
 def clean(text: object, settings: ProxmoxSettings | None = None) -> str:
-    """Return a foreign text for use in a message: one line, bounded, without control characters and secrets."""
+    """Return a text from outside for use in a message.
+
+    The result is one line of at most 1000 characters, without control characters and without the secrets in
+    ``settings``.
+    """
     line = " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
     for secret in (settings.api_password, settings.api_token_secret) if settings else ():
-        # A text that quotes a request may quote its header. A shorter secret would be found in half of all words.
+        # The text may quote the request with its header. Replacing a shorter secret would damage unrelated words.
         if secret and len(secret) > 3:
             line = line.replace(secret, "(secret)")
     return line[:_LONGEST_TEXT]
@@ -119,12 +123,12 @@ def make_timeout_error(method: str, path: str, settings: ProxmoxSettings) -> Out
 
 
 def is_from_guest(path: str) -> bool:
-    """Return whether the answer to a request to this path comes from the guest agent of a VM, through Proxmox."""
+    """Return whether Proxmox only passes on the answer for this path, from the guest agent of a VM."""
     return _AGENT.match(path) is not None
 
 
 def make_guest_error(method: str, path: str, settings: ProxmoxSettings) -> OutcomeUnknown:
-    """Return the error for an answer of a guest that is too large or too deep. Proxmox only passed it on."""
+    """Return the error for an answer of a guest agent that is too large or nested too deep."""
     return OutcomeUnknown(
         f"{method} /{path} on {settings.where}: the answer of the guest is larger or nested deeper than any that a "
         f"guest agent sends, so it was not read; {describe_outcome(method)}. Look at qemu-guest-agent in the guest",
@@ -135,12 +139,12 @@ def make_guest_error(method: str, path: str, settings: ProxmoxSettings) -> Outco
 
 
 def describe_outcome(method: str) -> str:
-    """Return the sentence on the outcome of a request without an answer. A read changes nothing in any case."""
+    """Return the clause on the outcome of a request without an answer. A read changes nothing."""
     return "nothing was changed" if method == "GET" else "whether it was carried out is not known"
 
 
 def is_too_deep(data: Any) -> bool:
-    """Return whether objects and lists are nested deeper than in any answer of Proxmox."""
+    """Return whether objects and lists are nested deeper than DEEPEST_ANSWER."""
     level = [data]
     for _depth in range(DEEPEST_ANSWER):
         level = [
@@ -159,7 +163,8 @@ def make_error(
 ) -> ProxmoxError:
     """Return the error for an answer with an error status.
 
-    ``text`` is Proxmox's own sentence. The message names the request, that sentence and the remedy.
+    ``status`` is the HTTP status, ``text`` Proxmox's own error text, ``params`` the parameters of the request. The
+    message names the request, quotes the text, and gives the remedy.
     """
     where = f"{method} /{path} on {settings.where}"
     text = clean(text, settings)
@@ -199,7 +204,7 @@ def make_error(
             )
         return OutcomeUnknown(f"{where}: {describe_outcome(method)} ({refusal})", **facts)
     if method != "GET" and "/etc/pve/" in text and "Permission denied" in text:
-        # Without quorum the cluster file system is read-only, whatever privileges the user has.
+        # Without quorum pmxcfs makes /etc/pve read-only, so even root gets this error.
         refusal += (
             "; the cluster takes no changes, most likely because it has no quorum. Look at pvecm status, then run again"
         )
@@ -207,8 +212,10 @@ def make_error(
 
 
 def _advise_on_grant(method: str, path: str, text: str, params: dict[str, Any]) -> str:
+    """Return the remedy for a refusal with 403: which privilege to grant, and on which path."""
     kind = f"{method} {name_kind(path)}"
-    # Proxmox does not always name the missing privilege.
+    # Proxmox does not always name the missing privilege. For reads of a VM it names the path /vms/N only, and _NEEDS
+    # names better paths.
     if re.search(r"\b(VM|SDN|Sys|Datastore|Pool)\.\w+", text) and kind not in (
         "GET nodes/{node}/qemu/{vmid}/config",
         "GET nodes/{node}/qemu/{vmid}/status/current",
@@ -217,7 +224,7 @@ def _advise_on_grant(method: str, path: str, text: str, params: dict[str, Any]) 
     else:
         advice = f"grant {_NEEDS.get(kind, 'the missing privilege')}"
     if "(" not in text and kind == "POST nodes/{node}/qemu/{vmid}/clone" and params.get("pool"):
-        # For every user but root Proxmox gives the same answer when the pool does not exist.
+        # If the pool does not exist, Proxmox answers every user but root as if a privilege were missing.
         advice += (
             f"; or pool {params['pool']!r} does not exist: create it (pveum pool add {params['pool']}), or correct pool"
         )

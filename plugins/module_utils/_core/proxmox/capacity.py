@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Read the resources and the load of the nodes from the list of all resources, and the bridges of a node.
+"""Read the resources and the load of all nodes from the list of resources, and the bridges of one node.
 
-A node's figures need Sys.Audit on the node. Without it Proxmox VE omits them; they are then None, never zero.
+Proxmox VE shows a node's figures only with Sys.Audit on the node. A missing figure is None, never zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .client import ProxmoxClient
 
 @dataclass(slots=True)
 class Capacity:
-    """The cluster in the list of resources: nodes by name, running VMs, and the templates' configured sizes."""
+    """The cluster in the list of resources: nodes by name, running VMs by VMID, and sizes of templates by VMID."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
     running: dict[int, Vm] = field(default_factory=dict)
@@ -85,7 +85,7 @@ def parse(rows: Iterable[dict[str, Any]]) -> Capacity:
                 memory=_read_number(row, "maxmem"),
                 used=_read_number(row, "mem"),
                 cpus=_read_number(row, "maxcpu"),
-                # Without the right to see storages the list contains none at all, which proves nothing.
+                # Proxmox omits storages that the credentials may not see. So a list without any storage proves nothing.
                 storages=storages.get(name, {}) if storages else None,
             )
     return capacity

@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Say why the certificate of a node was refused: its dates, those of its CA, or the names in it.
+"""Explain why the certificate of a node was refused: its dates, the dates of its CA, or its names.
 
-The error of the TLS library names none of them. Imported after a refusal only.
+The error of the TLS library shows neither dates nor names. This module is imported only after a refusal.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Any
 
 from ..config import ProxmoxSettings
 
+# Timeout of a connection that reads the certificate again.
 _SECONDS = 5
+# Names of the certificate to quote in a message.
 _MOST_NAMES = 6
-# The refusals by OpenSSL (3 and 1.1) and by urllib3 1.26 (Debian 12).
+# Error texts of OpenSSL (3 and 1.1) and of urllib3 1.26 (Debian 12).
 _DATES = re.compile(r"has expired|not yet valid")
 _NAMES = re.compile(
     r"[Hh]ostname mismatch|IP address mismatch|doesn't match|no appropriate (commonName|subjectAltName)"
@@ -31,9 +33,9 @@ _PEM = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re
 
 
 def explain(settings: ProxmoxSettings, text: str) -> str | None:
-    """Return the sentence for a refused certificate, or None when neither dates nor names are the cause.
+    """Return the message for a refused certificate, or None when neither dates nor names are the cause.
 
-    ``text`` is the error of the TLS library. Reads the certificate once more, over a connection of its own.
+    ``text`` is the error of the TLS library. The certificate is read again, over a new connection.
     """
     of_node = f"the certificate of {settings.where}"
     if _NAMES.search(text):
@@ -66,7 +68,7 @@ def explain(settings: ProxmoxSettings, text: str) -> str | None:
 
 
 def _find_date_problem(certificate: bytes) -> str | None:
-    """Return which date of a certificate (DER) is not met now, or None."""
+    """Return "expired on DATE" or "is not valid before DATE" for a certificate (DER), or None when it is valid now."""
     dates = _VALIDITY.search(certificate)
     if dates is None:
         return None
@@ -97,7 +99,7 @@ def _read_names(settings: ProxmoxSettings) -> list[str]:
     """Return the names in the certificate of the node; [] when it cannot be read or its CA is not trusted."""
     try:
         context = ssl.create_default_context(cafile=settings.ca_path)
-        # Python tells the names of a verified certificate only.
+        # getpeercert() returns the names of a verified certificate only. So verify the CA, but not the name.
         context.check_hostname = False
         where = (str(settings.api_host), settings.api_port)
         with socket.create_connection(where, timeout=_SECONDS) as plain, context.wrap_socket(plain) as sock:

@@ -1,27 +1,28 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The one door to the Proxmox API: two ways to it (``https.py``, ``pvesh.py``), typed errors, limits, and what is
-repeated.
+"""Send all requests to Proxmox, over https (``https.py``) or through pvesh (``pvesh.py``), with limits and retries.
 
-Which request is sent again, and by whom:
+Which request is retried:
 
-| request | what came back | again? | why |
+| request | result | retried? | reason |
 |---|---|---|---|
-| any | new connection broken in the TLS handshake | up to 3 times (``https.py``) | nothing was sent yet |
-| any | connection idle for over 4 s | on a new one, before sending | Proxmox closes it after 5 s |
-| any, password login | 401 | once, after a new login | a ticket ends after two hours; 401 is not carried out |
+| any | TLS handshake of a new connection broken | up to 3 times (``https.py``) | nothing was sent yet |
+| any | connection idle for over 4 s | sent on a new connection | Proxmox closes idle connections after 5 s |
+| any, password login | 401 | once, after a new login | a ticket ends after two hours; Proxmox did nothing |
 | login | second factor asked, any refusal | no | eight failures lock a second factor |
 | read | answer lost (cut, 408, 502-504, 596-599) | up to 3 times within api_timeout | a read changes nothing |
 | read of a guest agent | too large or too deep | no | the guest would answer the same |
-| read | no answer within api_timeout | no | it would take api_timeout once more |
-| any but power, delete | "start worker failed", lock not got | up to 3 times | Proxmox says that it did not begin |
-| start, stop, suspend, delete | the same | by ``power.py``, ``removal.py`` | the VM is judged anew before |
-| clone task | the same, and absence is proven | by ``create.py`` | nothing was made |
-| any | not delivered (595, refused, unknown name, ssh) | no | it may take long; nothing was done |
-| config write | connection cut | no; the configuration is read once | what was written tells what became of it |
-| other write | answer lost | no | OutcomeUnknown: the caller looks before it asks again |
+| read | no answer within api_timeout | no | the retry would take api_timeout again |
+| any but power, delete | "start worker failed", no lock | up to 3 times | Proxmox says that it did not begin |
+| start, stop, suspend, delete | "start worker failed", no lock | by the caller | it must judge the VM again before |
+| clone task | "start worker failed", no lock | by ``create.py``, if absence is proven | nothing was created |
+| any | not delivered (595, refused, unknown name, ssh) | no | nothing was done; the node may be away for long |
+| config write | connection cut | no; the configuration is read once | its values show whether Proxmox wrote them |
+| other write | answer lost | no | OutcomeUnknown: the caller checks the result first |
 | any | any other refusal | no | the answer would be the same |
+
+The callers that retry start, stop, suspend and delete are ``power.py`` and ``removal.py``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from .answers import is_from_guest, is_not_begun, name_kind
 
 _RETRIES = 3
 _NODE_AUTHORITY = "/etc/pve/pve-root-ca.pem"
-# Seconds without another attempt after a refused login: repeated attempts would lock the user out.
+# Seconds between a refused login and the next attempt. Repeated attempts could lock the user out.
 _REFUSAL_SECONDS = 60
 # Requests without a digest. Only a caller that judges the VM again may repeat them.
 _UNGUARDED = re.compile(r"/qemu/\d+(/status/\w+)?$")
@@ -53,12 +54,12 @@ _KINDS = {
 
 
 class Transport(Protocol):
-    """A way to the API: takes path and parameters, returns the answer's data or raises a typed error."""
+    """A way to the API: https or pvesh."""
 
     awaits_tasks: bool
 
     def send(self, method: str, path: str, params: dict[str, Any]) -> Any:
-        """Send one request and return the answer's data."""
+        """Send one request and return the answer's data. Raises a ProxmoxError for everything else."""
 
     def ended_well(self, upid: str) -> bool:
         """Return whether an answer has already reported the task's end with ``OK``."""
@@ -68,7 +69,7 @@ class Transport(Protocol):
 
 
 class Statistics:
-    """Counts of requests by ``METHOD template`` and of errors by kind, and the last failure to reach Proxmox."""
+    """Counts of requests by method and kind of path, of errors by kind, and the last failure to reach Proxmox."""
 
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
@@ -80,6 +81,7 @@ class Statistics:
         self.refused: str | None = None
 
     def count_failure(self, error: ProxmoxError) -> None:
+        """Count an error, and record whether it shows that Proxmox cannot be reached or refuses the credentials."""
         self.errors[_KINDS.get(error.code, "task")] += 1
         if isinstance(error, (Unreachable, OutcomeUnknown)):
             self.reachable, self.last_error = False, error.message
@@ -105,7 +107,7 @@ class ProxmoxClient:
         self.clock = clock
         self.statistics = statistics or Statistics()
         self.requests = self.statistics.requests
-        # Called directly before a request that changes something. An exception ends the request unsent.
+        # Called directly before each request that changes something. If it raises, the request is not sent.
         self.before_change: Callable[[], None] | None = None
         self._api: Transport | None = None
         # The last refusal of a login, and its monotonic time.
@@ -120,11 +122,15 @@ class ProxmoxClient:
     # ---- connecting ----
 
     def _connect(self) -> Transport:
+        """Return the transport; the first call opens it, and logs in.
+
+        Raises AccessDenied for a refused login, and without asking Proxmox again for _REFUSAL_SECONDS after one.
+        """
         with self._lock:
             if self._api is None:
                 refusal, at = self._refusal
                 if refusal is not None and self.clock.monotonic() - at < _REFUSAL_SECONDS:
-                    # A new object for each caller, because callers add to the detail.
+                    # Make a new exception for each caller, because callers add to its detail.
                     raise AccessDenied(refusal.message, **refusal.detail)
                 try:
                     self._api = self._open_transport()
@@ -134,7 +140,7 @@ class ProxmoxClient:
             return self._api
 
     def _open_transport(self) -> Transport:
-        # Imported here because each of them is large, and a module needs only one.
+        # Import late: both modules are large, and an Ansible module ships only the code that it imports.
         if self.settings.api_host is None:
             from .pvesh import Pvesh
 
@@ -157,10 +163,11 @@ class ProxmoxClient:
         return self._connect().shows_input(path)
 
     def read_trusted_authority(self) -> str | None:
-        """Return the SHA-256 fingerprint of the only authority whose cluster can answer, in Proxmox's form.
+        """Return the fingerprint of the only certificate authority that this connection trusts, or None.
 
-        Over https that is the certificate in ca_path. pvesh asks the node's own cluster, whose authority is a file
-        there. None when several authorities are trusted.
+        The fingerprint is SHA-256 in Proxmox's form (``AB:CD:...``). Over https the authority is the certificate in
+        ca_path. pvesh always asks the node's own cluster, whose authority is /etc/pve/pve-root-ca.pem. Returns None if
+        several authorities are trusted, or the file cannot be read.
         """
         settings = self.settings
         if settings.api_host is None:
@@ -184,20 +191,23 @@ class ProxmoxClient:
     # ---- requests ----
 
     def get(self, path: str, /, **params: Any) -> Any:
-        """Return the answer to a read. A lost answer is retried (see the table above), a timeout is not."""
+        """Read, and return the answer's data. The table at the top says which errors are retried."""
         return self._request("GET", path, params)
 
     def post(self, path: str, /, **params: Any) -> Any:
+        """Send a POST request and return the answer's data, often a task id."""
         return self._request("POST", path, params)
 
     def put(self, path: str, /, **params: Any) -> Any:
+        """Send a PUT request and return the answer's data; None if a cut config write turns out to be written."""
         return self._request("PUT", path, params)
 
     def delete(self, path: str, /, **params: Any) -> Any:
+        """Send a DELETE request and return the answer's data, often a task id."""
         return self._request("DELETE", path, params)
 
     def get_list(self, path: str, /, **params: Any) -> list[dict[str, Any]]:
-        """Return a list of objects. Raises OutcomeUnknown for any other answer; it is never taken for an empty list."""
+        """Read a list of objects. Raises OutcomeUnknown for any other answer, so an empty list is never a guess."""
         rows = self.get(path, **params)
         if not isinstance(rows, list) or not all(isinstance(item, dict) for item in rows):
             raise OutcomeUnknown(
@@ -206,7 +216,7 @@ class ProxmoxClient:
         return rows
 
     def get_dict(self, path: str, /, **params: Any) -> dict[str, Any]:
-        """Return an object. Raises OutcomeUnknown for any other answer."""
+        """Read an object. Raises OutcomeUnknown for any other answer."""
         answer = self.get(path, **params)
         if not isinstance(answer, dict):
             raise OutcomeUnknown(
@@ -215,6 +225,7 @@ class ProxmoxClient:
         return answer
 
     def _request(self, method: str, path: str, params: dict[str, Any]) -> Any:
+        """Send a request, retry it as the table at the top says, and return the answer's data."""
         try:
             api = self._connect()
         except ProxmoxError as error:
@@ -240,8 +251,8 @@ class ProxmoxClient:
                 else:
                     self.statistics.count_failure(error)
                 if self._is_ticket_ended(error) and not logins:
-                    # A ticket lives for two hours, or less when the node's key is renewed. A request with 401 was not
-                    # carried out, so log in and repeat it once.
+                    # A ticket is valid for two hours, or until the node's key is renewed. Proxmox does not carry out a
+                    # request that it answers with 401. So log in again and retry once.
                     logins += 1
                     with self._lock:
                         if self._api is api:
@@ -258,19 +269,20 @@ class ProxmoxClient:
             self.clock.sleep(pause)
 
     def _is_ticket_ended(self, error: ProxmoxError) -> bool:
+        """Return whether the error is a 401 for a ticket. A token does not end, so its 401 is final."""
         by_password = self.settings.api_host is not None and self.settings.token_name is None
         return by_password and isinstance(error, AccessDenied) and error.status == 401
 
     @property
     def requests_sent(self) -> int:
-        """Return how many requests this thread has sent. Two equal readings prove that none was sent in between."""
+        """Return how many requests this thread has sent. Two equal readings prove that the thread sent none between."""
         return int(getattr(self._mine, "requests_sent", 0))
 
     @contextlib.contextmanager
     def reserve_place(self, path: str) -> Iterator[float]:
         """Reserve a place among the requests in flight until the block ends, and yield the seconds of waiting.
 
-        The thread's requests within the block follow each other directly and wait for no other thread.
+        Inside the block the thread's requests wait for no other thread.
         """
         began = self.clock.monotonic()
         with self._hold_place(path):
@@ -282,18 +294,19 @@ class ProxmoxClient:
 
     @contextlib.contextmanager
     def _hold_place(self, path: str) -> Iterator[None]:
-        """Wait for one of the ``connections`` places, and one of the node's ``node_connections`` places.
+        """Wait for one of the ``connections`` places, and for one of the ``node_connections`` places of the node.
 
         Each request ends within api_timeout, so the wait is bounded.
         """
         if getattr(self._mine, "has_place", False):
             yield
             return
-        # Take the node's place first: a thread that waits for a slow node then occupies no common place.
+        # Take the node's place first. A thread that waits for a slow node then takes no place from other nodes.
         with self._find_turn(path), self._places:
             yield
 
     def _find_turn(self, path: str) -> contextlib.AbstractContextManager[Any]:
+        """Return the semaphore of the node in the path; a null context if the path or the settings have none."""
         limit, parts = self.settings.node_connections, path.split("/", 2)
         if limit is None or parts[0] != "nodes" or len(parts) < 2:
             return contextlib.nullcontext()
@@ -301,9 +314,9 @@ class ProxmoxClient:
             return self._turns.setdefault(parts[1], threading.Semaphore(limit))
 
     def _was_written(self, path: str, params: dict[str, Any]) -> bool:
-        """Return whether the configuration contains the values of a write without an answer.
+        """Return whether the VM's configuration contains the values of a config write without an answer.
 
-        pveproxy sometimes cuts the connection of a write that it carries out (with a ticket, never with a token).
+        After a login by password, pveproxy sometimes cuts the connection of a write that it carries out.
         """
         if not path.endswith("/config") or "revert" in params:
             return False
@@ -324,10 +337,10 @@ class ProxmoxClient:
 
 
 def _is_answer(path: str, error: ProxmoxError) -> bool:
-    """Return whether the error is Proxmox's answer to the question, or the fault of a guest. Neither is a failure.
+    """Return whether an error shows that Proxmox works, so that the statistics count no failure.
 
-    That is "this VMID is taken", a guest agent that does not answer (500), and an answer of a guest that cannot be
-    read.
+    Three errors do: "this VMID is taken" (``cluster/nextid``), a guest agent that does not answer (500), and an answer
+    of a guest agent that cannot be read.
     """
     if error.detail.get("guest"):
         return True
@@ -337,16 +350,16 @@ def _is_answer(path: str, error: ProxmoxError) -> bool:
 
 
 def _split_value(value: Any) -> list[str]:
-    # Proxmox reorders the parts of a property string, and ends descriptions with a line feed.
+    """Return a value's parts in a comparable order: Proxmox reorders them, and ends descriptions with a line feed."""
     return sorted(str(value).rstrip("\n").split(","))
 
 
 def _may_retry(method: str, path: str, error: ProxmoxError) -> bool:
-    """Return whether the same request may be sent again at once. The table at the top of this file gives the reasons.
+    """Return whether the same request may be sent again at once, after ``error``. See the table at the top.
 
-    ``error`` is the result of the last attempt. A refusal is retried only if Proxmox did not begin, and if the request
-    cannot reach another VM by then: power requests and delete take no digest, so their callers judge the VM again
-    first. A lost answer is retried only for a read, and not after a timeout, which would double the wait.
+    A refusal is retried only if Proxmox did not begin. Power requests and delete are not retried: they take no digest,
+    and the VMID may belong to another VM by then. A lost answer is retried only for a read. A timeout is not retried,
+    because the retry would double the wait.
     """
     if isinstance(error, ApiError):
         return is_not_begun(error.text) and (method == "GET" or not _UNGUARDED.search(path))

@@ -3,7 +3,7 @@
 
 """Read the state of the whole cluster (quorum, nodes, VM list), and prove that a VM is absent.
 
-Absence is proven, never inferred: the right cluster answers, it has quorum, and either the list shows every VM or
+The proof has three parts: the right cluster answers, the cluster has quorum, and either the list shows every VM or
 ``nextid`` offers the VMID. docs/safety.md, "When a list proves an absence", says when the list is enough.
 """
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from ..nodes import Node
     from .capacity import Capacity
 
-# Seconds for which a reading of quorum is used. Quorum changes rarely, and each delete of a bulk run needs it. The
-# final proof is the config write directly before the delete, which fails without quorum.
+# Seconds for which a reading of quorum is cached. Each delete of a bulk run needs a reading, and quorum changes rarely.
+# The final proof is the config write directly before the delete: without quorum the write fails.
 _STATUS_SECONDS = 5.0
 # Seconds for which the list from the beginning of a run can prove an absence.
 _LIST_SECONDS = 30.0
-# Up to this number, VMIDs are checked one by one. For more, reading the list and its completeness is cheaper.
+# Up to this number, nextid is asked for each VMID. For more VMIDs, one list of all VMs is cheaper.
 _FEW = 4
-# The columns of the VM list to keep. The list has over twenty, about a kilobyte for each VM.
+# The columns of the VM list to keep. Proxmox sends over twenty columns, about a kilobyte for each VM.
 _LOOKED_AT = ("vmid", "type", "node", "status", "name", "template", "tags", "hastate", "lock", "uptime")
 
 
@@ -46,7 +46,7 @@ class Presence:
 
 
 class Cluster:
-    """Reads of the cluster, each made once and shared by all items of a run."""
+    """The state of the cluster. Each part is read once, and cached for all items of a run."""
 
     def __init__(self, client: ProxmoxClient, clock: Clock, records: Records) -> None:
         self._client = client
@@ -58,20 +58,21 @@ class Cluster:
         self._vms: dict[int, dict[str, Any]] | None = None
         self._capacity: Capacity | None = None
         self._nodes: dict[str, Node] | None = None
-        # See expect_stopped().
+        # Rows from expect_stopped(), by VMID.
         self._expected: dict[int, dict[str, Any]] = {}
-        # See note_deleted().
+        # VMID -> (monotonic time, evidence) from note_deleted().
         self._deleted: dict[int, tuple[float, dict[str, Any]]] = {}
         self._confirmed = False
-        # A list that shows every VM, the quorum evidence of its time, and its age; see survey().
+        # From survey(): a list that shows every VM, the quorum evidence of that moment, and its monotonic time.
         self._whole: tuple[dict[int, dict[str, Any]], dict[str, Any], float] | None = None
-        # True once some VMs may be hidden. Then this run checks each absence by itself.
+        # True once some VMs may be hidden from the credentials. Then nextid is asked for each VMID.
         self._partial = False
         self._ours: set[int] = set()
 
     # ---- nodes and quorum ----
 
     def _read_status_rows(self) -> list[dict[str, Any]]:
+        """Return the rows of GET /cluster/status, cached for _STATUS_SECONDS."""
         with self._lock:
             if self._status is None or self._clock.monotonic() - self._status[0] > _STATUS_SECONDS:
                 rows = self._client.get_list("cluster/status")
@@ -79,7 +80,10 @@ class Cluster:
             return self._status[1]
 
     def _read_quorum_row(self) -> dict[str, Any]:
-        """Return the row ``quorum`` of the HA manager's status, which is live on the node that answers."""
+        """Return the row ``quorum`` of the HA manager's status, cached for _STATUS_SECONDS.
+
+        The node that answers reads its present quorum for this row. Raises OutcomeUnknown without the row.
+        """
         with self._lock:
             if self._quorum is None or self._clock.monotonic() - self._quorum[0] > _STATUS_SECONDS:
                 rows = self._client.get_list("cluster/ha/status/current")
@@ -95,8 +99,8 @@ class Cluster:
     def require_quorum(self) -> dict[str, Any]:
         """Return the evidence of quorum. Raises Kept without quorum: Proxmox would delete the disks and then fail.
 
-        ``GET /cluster/status`` cannot be used: pvedaemon caches it, and its value may be wrong for minutes. The HA
-        manager's row is right within two seconds, with and without HA resources. A node outside any cluster has it too.
+        ``GET /cluster/status`` cannot be used: pvedaemon caches its answer, which may be wrong for minutes. The row of
+        the HA manager is right within two seconds, with and without HA resources, also on a node outside any cluster.
         """
         row = self._read_quorum_row()
         if str(row.get("quorate")) not in ("1", "True", "true"):
@@ -125,6 +129,7 @@ class Cluster:
     # ---- which cluster ----
 
     def _read_identity(self) -> dict[str, Any]:
+        """Return {name, nodes, authority} of the cluster that answers. The authority is None if it cannot be read."""
         rows = self._read_status_rows()
         cluster = next((row.get("name") for row in rows if row.get("type") == "cluster"), None)
         nodes = sorted(str(row.get("name")) for row in rows if row.get("type") == "node")
@@ -139,7 +144,7 @@ class Cluster:
         authority = None
         if local:
             try:
-                # Each cluster has its own certificate authority. Only that tells two single nodes named "pve" apart.
+                # Each cluster has its own certificate authority. Two single nodes may both be named "pve".
                 for row in self._client.get_list(f"nodes/{local}/certificates/info"):
                     if row.get("filename") == "pve-root-ca.pem":
                         authority = row.get("fingerprint")
@@ -148,9 +153,10 @@ class Cluster:
         return {"name": cluster, "nodes": nodes, "authority": authority}
 
     def confirm(self, *, creating: bool = False) -> None:
-        """Raise if this cluster is not the cluster of the records.
+        """Raise Kept if this cluster is not proven to be the cluster of the records.
 
-        The first creation stores the cluster of the records.
+        ``creating``: the caller creates a sandbox or a workspace. The first such call stores this cluster in the
+        records. Without ``creating``, records that know no cluster yet raise Kept as well.
         """
         with self._lock:
             if self._confirmed:
@@ -169,7 +175,7 @@ class Cluster:
                     "right cluster",
                 )
             if known and known["authority"] and known["authority"] == self._client.read_trusted_authority():
-                # The connection itself is the proof: only nodes signed by that cluster's authority are accepted.
+                # The connection itself is the proof: TLS accepts only nodes signed by that cluster's authority.
                 self._confirmed = True
                 return
             actual = self._read_identity()
@@ -191,7 +197,7 @@ class Cluster:
                         "belong to it",
                     )
                 else:
-                    # A single node that joined a cluster is still among the cluster's nodes by its name.
+                    # A single node (without a cluster name) may have joined a cluster. Its node name stays the same.
                     same = (known["name"] == actual["name"] or known["name"] is None) and bool(
                         set(known["nodes"]) & set(actual["nodes"])
                     )
@@ -209,29 +215,32 @@ class Cluster:
             self._confirmed = True
 
     def adopt(self) -> None:
-        """Store this cluster as the cluster of the records, because the operator says so."""
+        """Store this cluster as the cluster of the records. Only the operator can decide that (adopt_cluster)."""
         self._records.set_meta("cluster", json.dumps(self._read_identity()))
         self._confirmed = True
 
     def note_own_vm(self, vmid: int) -> None:
         """Note that a VM on this cluster was proven to be ours.
 
-        In this run, its own absence later needs no other proof of the right cluster. Absences of other VMs do: a single
-        VM may be here because a person restored its backup.
+        If the same VM is absent later in this run, the right cluster needs no other proof. Absences of other VMs still
+        need the proof: a person may have restored the backup of this VM on another cluster.
         """
         self._ours.add(vmid)
 
     # ---- the list ----
 
     def list_vms(self, *, fresh: bool = False) -> dict[int, dict[str, Any]]:
-        """Return all visible VMs and containers by VMID. A hint where to look, never a reason to act."""
+        """Return all visible VMs and containers by VMID. ``fresh``: read the list again.
+
+        The list lags. So a row is a hint where to look, never a reason to act.
+        """
         with self._lock:
             if self._vms is None or fresh:
                 self._vms = _index_by_vmid(self._client.get_list("cluster/resources", type="vm"))
             return self._vms
 
     def read_capacity(self) -> Capacity:
-        """Return resources and load of the nodes. The same request also reads the list of all VMs."""
+        """Return resources and load of the nodes. The request also fills the cached list of VMs."""
         from .capacity import parse
 
         with self._lock:
@@ -246,7 +255,7 @@ class Cluster:
         from .capacity import parse
 
         with self._lock:
-            # A creation has read all resources already. Every other caller needs only the nodes.
+            # A creation has already read all resources. Other callers need only the nodes.
             if self._capacity is not None:
                 nodes = self._capacity.nodes
             elif self._nodes is not None:
@@ -256,13 +265,13 @@ class Cluster:
         return nodes[node].cpus or None if node in nodes else None
 
     def expect_stopped(self, vmid: int, node: str) -> None:
-        """Remember the node of a stopped VM from its record. find() answers with it as long as no list was read."""
+        """Note the node of a stopped VM from its record. find() returns this row until the list is read."""
         self._expected[vmid] = {"vmid": vmid, "type": "qemu", "node": node, "status": "stopped", "expected": True}
 
     def note_deleted(self, vmid: int, upid: str) -> None:
-        """Remember that a VM proven to be ours was just marked and deleted, and that the task ended well.
+        """Note that a VM proven to be ours was just marked and deleted, and that the task ended well.
 
-        Both writes need quorum, so they prove quorum for the absence of this VM.
+        Proxmox needs quorum for both writes. So they prove quorum for the absence of this VM.
         """
         evidence = {"quorum": "quorate", "status": f"the cluster took the delete of VM {vmid} (task {upid})"}
         self._deleted[vmid] = self._clock.monotonic(), evidence
@@ -280,7 +289,7 @@ class Cluster:
                 self._vms = {**self._vms, vmid: {"vmid": vmid, "type": "qemu", "node": node, "status": "stopped"}}
 
     def find(self, vmid: int, *, fresh: bool = False) -> dict[str, Any] | None:
-        """Return the list's row of that VMID, or None. Like the list, it is a hint where to look."""
+        """Return the list's row of that VMID, or None. ``fresh``: read the list again. The row is only a hint."""
         if self._vms is None and not fresh and vmid in self._expected:
             return self._expected[vmid]
         return self.list_vms(fresh=fresh).get(vmid)
@@ -293,7 +302,7 @@ class Cluster:
     def sees_everything(self) -> bool:
         """Return whether no VM is hidden from these credentials now.
 
-        root@pam has no ACL and sees everything. For other users two reads must prove it.
+        Proxmox checks no ACL for root@pam. For other users, the ACL and their own permissions must prove it.
         """
         if self._client.settings.is_root:
             return True
@@ -316,15 +325,15 @@ class Cluster:
     def survey(self, vmids: Iterable[int]) -> dict[int, dict[str, Any]]:
         """Return the VM list for the beginning of a bulk run.
 
-        When the list lacks many of the VMIDs, also check whether it shows every VM. Then prove_absent() can use it as
-        the proof of those absences without reading it again.
+        If the list lacks many of the VMIDs, also check whether the list shows every VM. prove_absent() can then use the
+        same list as the proof, and need not read it again.
         """
         requested = set(vmids)
         if len(requested) <= _FEW:
             return self.list_vms()
         with self._lock:
             try:
-                # Read quorum before the list: a node with quorum then shows every VM that existed at that time.
+                # Read quorum before the list. A node that had quorum shows every VM that existed at that moment.
                 quorum = self.require_quorum()
             except (ProxmoxError, Kept):
                 return self.list_vms()
@@ -334,10 +343,10 @@ class Cluster:
             return listed
 
     def prove_absent(self, vmids: Iterable[int], *, anew: bool = True) -> dict[int, Presence]:
-        """Return for each VMID whether it is proven free. Errors of Proxmox are not raised but give ``absent=None``.
+        """Return for each VMID whether it is proven free. An error of Proxmox is not raised, but gives ``absent=None``.
 
-        ``anew=False``: neither we nor another run has acted on these VMIDs since survey(), so its list counts like a
-        new one while it is recent. (An old list does not count, because a person may restore a VM at any time.)
+        ``anew=False``: no run has acted on these VMIDs since survey(), so the list of survey() proves an absence for
+        _LIST_SECONDS. An older list proves nothing, because a person may restore a VM at any time.
         """
         requested = sorted(set(vmids))
         if len(requested) == 1 and requested[0] in self._ours:
@@ -368,11 +377,11 @@ class Cluster:
                 listed = self.list_vms(fresh=True)
             except ProxmoxError as error:
                 return {vmid: Presence(None, error.message, {}) for vmid in requested}
-            # Read the rights after the list: a VM hidden from now on was still listed.
+            # Read the permissions after the list. A VM that becomes hidden in between was still listed.
             if not listed or not self.sees_everything():
                 return self._ask_for_each(requested, quorum)
         free = [vmid for vmid in requested if vmid not in listed]
-        # A list cut short on its way would make VMs seem absent. So check one of the VMIDs in another way.
+        # In a truncated list, VMs seem absent. So ask nextid for one of the VMIDs.
         if free and self._ask_nextid(free[0], quorum).absent is not True:
             return self._ask_for_each(requested, quorum)
         proof = {**quorum, "proof": "not in the list of all VMs", "listed": len(listed)}
@@ -388,14 +397,11 @@ class Cluster:
         return dict(zip(vmids, presences, strict=True))
 
     def is_in_use(self, vmid: int) -> bool:
-        """Return whether Proxmox VE reports the VMID as in use, even by a VM hidden from these credentials."""
+        """Return whether Proxmox reports the VMID as in use, also by a VM that is hidden from these credentials."""
         return self._ask_nextid(vmid, {}).absent is False
 
     def explain_in_use(self, vmid: int) -> str:
-        """Return the sentence for a VMID in use.
-
-        If its VM is hidden from the credentials, it names the missing privilege.
-        """
+        """Return the message for a VMID in use. If the VM is hidden, the message names the missing privilege."""
         if self._vms is None or vmid in self._vms:
             return f"VMID {vmid} is in use"
         return (
@@ -404,6 +410,7 @@ class Cluster:
         )
 
     def _ask_nextid(self, vmid: int, quorum: dict[str, Any]) -> Presence:
+        """Return whether GET /cluster/nextid offers the VMID. Unlike the list, nextid also knows hidden VMs."""
         try:
             free = self._client.get("cluster/nextid", vmid=vmid)
         except ApiError as error:
@@ -420,15 +427,15 @@ class Cluster:
 
 
 def sees_every_vm(entries: list[dict[str, Any]], permissions: dict[str, Any]) -> bool:
-    """Return whether these rights hide no VM.
+    """Return whether these permissions hide no VM.
 
     ``entries`` comes from GET /access/acl, ``permissions`` from GET /access/permissions.
 
-    A VM is listed if VM.Audit is effective on /vms/N. That is so if /vms passes it down and nothing takes it away:
-    neither an entry on /vms/N itself (it replaces what was passed down), nor NoAccess on the VM's pool. The permissions
-    omit paths without any right, so the paths with entries must come from the list of all entries. Reading the entries
-    of everybody takes Sys.Audit on /access; without it the list is cut. For every user but root the list is never
-    empty, because without an entry there are no rights.
+    Proxmox lists VM N if VM.Audit is effective on /vms/N. /vms must pass the privilege down, and nothing may remove it:
+    neither an entry on /vms/N (an entry replaces inherited roles), nor NoAccess on / or on the VM's pool.
+    GET /access/permissions omits paths without any privilege. So the paths with entries come from GET /access/acl,
+    which shows the entries of all users only with Sys.Audit on /access. An empty list proves nothing: every user but
+    root needs an entry to have any privilege.
     """
     if not entries:
         return False

@@ -1,15 +1,15 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Send requests over the https API: proxmoxer handles addresses, tokens and JSON; this file adds what it lacks.
+"""Send requests over the https API, with proxmoxer (1.2 of Debian 12 and newer) and requests.
 
-The additions to proxmoxer (1.2 of Debian 12 and newer) and requests:
+proxmoxer handles paths, tokens and JSON. This file adds:
 
-- A deadline for the whole answer, and bounds for its size and depth.
-- No request over a connection that was idle so long that Proxmox may be closing it.
-- A second attempt when the TLS handshake of a new connection breaks: nothing has been sent yet.
-- The error text from the answer's body; proxies drop the reason line that proxmoxer reads.
-- A login by password that stops when a second factor is asked for.
+- A deadline for the whole answer, and limits for its size and depth.
+- A new connection instead of one that was idle for long: Proxmox may just be closing it.
+- A retry when the TLS handshake of a new connection breaks: nothing has been sent yet.
+- The error text from the answer's body: proxies drop the reason line that proxmoxer reads.
+- A login by password that fails when Proxmox asks for a second factor.
 - Addresses with a path prefix, and IPv6 addresses.
 """
 
@@ -34,21 +34,20 @@ from . import answers
 MISSING_LIBRARY: str | None = None
 try:
     import proxmoxer
-    import requests  # proxmoxer ends the process when it is missing
+    import requests  # proxmoxer ends the process when requests is missing
     from requests.adapters import HTTPAdapter
     from urllib3.connection import HTTPSConnection
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
     from urllib3.exceptions import NewConnectionError
 except ImportError as error:
     MISSING_LIBRARY = error.name
-    # The file must be importable without the libraries, as ansible-test requires. The classes below need base classes.
+    # ansible-test imports this file without the libraries. The classes below then need other base classes.
     requests = SimpleNamespace(
         auth=SimpleNamespace(AuthBase=object), exceptions=SimpleNamespace(RequestException=Exception)
     )  # type: ignore[assignment]
     HTTPAdapter = HTTPSConnection = HTTPConnectionPool = HTTPSConnectionPool = object  # type: ignore[assignment,misc]
 
-# Proxmox VE closes a connection after five idle seconds. A request sent at that moment is cut off, with an unknown
-# outcome.
+# Proxmox VE closes a connection after five idle seconds. If a request is sent at that moment, its outcome is unknown.
 IDLE_SECONDS = 4.0
 _HANDSHAKES = 3
 # Seconds until a ticket is renewed. Proxmox ends it after two hours.
@@ -58,7 +57,7 @@ _TLS_REFUSED = re.compile(
     r"CERTIFICATE_VERIFY_FAILED|certificate verify failed|[Hh]ostname mismatch|IP address mismatch|doesn't match|"
     r"no appropriate (commonName|subjectAltName)"
 )
-# The port does not speak TLS, or other data replaced the answer in the middle of a connection.
+# OpenSSL's error for a port that does not speak TLS, and for other data in the middle of a TLS connection.
 _NO_TLS = "WRONG_VERSION_NUMBER"
 _REASONS = re.compile(
     r"(Connection refused|Name or service not known|Temporary failure in name resolution|No route to host|"
@@ -76,9 +75,13 @@ _NEVER_CONNECTED = (
 
 
 class Https:
-    """One session with the API of a Proxmox host. Logs in when it is created. Safe to use from several threads."""
+    """One session with the API of a Proxmox host. Safe to use from several threads.
 
-    # A write that starts a task is answered at once.
+    The constructor logs in if the settings have a password. It raises InvalidInput without the Python libraries or
+    credentials.
+    """
+
+    # Proxmox answers a write that starts a task at once.
     awaits_tasks = False
 
     def __init__(self, settings: ProxmoxSettings) -> None:
@@ -93,7 +96,7 @@ class Https:
         verify: bool | str = (
             settings.ca_path if settings.validate_certs and settings.ca_path else settings.validate_certs
         )
-        # With a token proxmoxer sends nothing on creation. Our own class exchanges a password for a ticket.
+        # ProxmoxAPI() sends no request if it gets a token. With a password, _Ticket logs in instead of proxmoxer.
         api = proxmoxer.ProxmoxAPI(
             "proxmox",
             user=settings.user,
@@ -106,7 +109,7 @@ class Https:
         session = api._store["session"]
         host = f"[{settings.api_host}]" if ":" in str(settings.api_host) else settings.api_host
         api._store["base_url"] = self._url = f"https://{host}:{settings.api_port}{settings.api_path}/api2/json"
-        # proxmoxer has no setting for the pool. Allow one connection for each request in flight, and no more.
+        # proxmoxer has no option for the size of the connection pool.
         session.mount("https://", _Adapter(settings))
         session.verify = verify
         self._api, self._session = api, session
@@ -123,7 +126,7 @@ class Https:
             return getattr(self._api(parts), method.lower())(**values)
 
         data = self._call(method, path, params, send_request)
-        # proxmoxer returns an answer that it cannot parse as {"errors": ...}. Never take that for data.
+        # proxmoxer returns {"errors": ...} for an answer that it cannot parse.
         if isinstance(data, (dict, list)) and answers.is_too_deep(data):
             raise self._make_nonsense_error(method, path, too_deep=True)
         if isinstance(data, dict) and set(data) == {"errors"}:
@@ -131,15 +134,15 @@ class Https:
         return data
 
     def ended_well(self, upid: str) -> bool:
-        """Return False: the answer comes when the task has begun."""
+        """Return False: Proxmox answers when the task has begun."""
         return False
 
     def shows_input(self, path: str) -> bool:
-        """Return False: parameters travel in the body of an encrypted request."""
+        """Return False: TLS encrypts the parameters."""
         return False
 
     def log_in(self, data: dict[str, Any]) -> Any:
-        """Return Proxmox's answer to a login. Sends one attempt only."""
+        """Log in and return Proxmox's answer. Sends one request, because eight failures lock a second factor."""
         settings = self._settings
 
         def post() -> Any:
@@ -154,7 +157,7 @@ class Https:
             )
 
         response = self._call("POST", "access/ticket", {}, post)
-        # proxmoxer prefers the session's cookies to the ticket, so remove them.
+        # proxmoxer would send the session's cookies instead of the new ticket, so remove them.
         self._session.cookies.clear()
         if response.status_code == 401:
             raise AccessDenied(
@@ -186,7 +189,7 @@ class Https:
         )
 
     def _call(self, method: str, path: str, params: dict[str, Any], call: Any) -> Any:
-        """Run one request, and turn every exception of the libraries into one of our errors."""
+        """Run one request, and turn every exception of the libraries into a ProxmoxError."""
         settings = self._settings
         where = f"{method} /{path} on {settings.where}"
         try:
@@ -238,7 +241,7 @@ class Https:
                 cut=isinstance(error, requests.exceptions.ChunkedEncodingError) or None,
             ) from None
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            # proxmoxer looks for "data" in any answer, whatever its type.
+            # proxmoxer reads the key "data" of every answer, also of a list or a text.
             raise self._make_nonsense_error(method, path, too_deep=isinstance(error, RecursionError)) from None
         except OSError as error:
             if out_of_descriptors(error):
@@ -247,12 +250,13 @@ class Https:
             raise Unreachable(f"{where}: {error}; is ca_path right?", path=path) from None
 
     def _make_tls_error(self, method: str, path: str, error: Exception) -> ProxmoxError:
+        """Return Unreachable for a refused certificate or a port without TLS; OutcomeUnknown for a cut connection."""
         text, settings = str(error), self._settings
         if out_of_descriptors():
             return answers.make_descriptor_error(path)
         harmless = method == "GET" or path == "access/ticket"
         if not (_TLS_REFUSED.search(text) or (_NO_TLS in text and harmless)):
-            # The failure may have come after the handshake, so the request may have been sent.
+            # The connection may have failed after the handshake, so the request may have been sent.
             return OutcomeUnknown(
                 f"{method} /{path} on {settings.where}: the encrypted connection broke before the answer; "
                 f"{answers.describe_outcome(method)}",
@@ -278,7 +282,7 @@ class Https:
     # ---- proxies of the environment ----
 
     def _find_proxy(self) -> tuple[str, str] | None:
-        """Return the variable that sets a proxy for this host, and the proxy without user and password; or None."""
+        """Return (environment variable, proxy without user and password) for this host, or None without a proxy."""
         if requests.utils.should_bypass_proxies(self._url, no_proxy=None):
             return None
         for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
@@ -318,7 +322,7 @@ class Https:
 
 
 def _keep_request(request: Any) -> Any:
-    """Take the place of authentication, because without any requests would look for a password in ~/.netrc."""
+    """Return the request unchanged. Without an ``auth`` function, requests would read a password from ~/.netrc."""
     return request
 
 
@@ -326,7 +330,7 @@ class _Ticket(requests.auth.AuthBase):
     """Log in by password, and renew the ticket every hour."""
 
     def __init__(self, https: Https, settings: ProxmoxSettings, verify: bool | str) -> None:
-        # proxmoxer's session reads these four attributes.
+        # proxmoxer's session reads these four attributes of its authentication.
         self.verify_ssl, self.timeout, self.cert, self.proxies = verify, settings.api_timeout, None, None
         self._https = https
         self._settings = settings
@@ -335,6 +339,7 @@ class _Ticket(requests.auth.AuthBase):
         self._ticket = self._token = ""
 
     def login(self) -> None:
+        """Log in and keep the ticket. Raises AccessDenied for a refusal, and if Proxmox asks for a second factor."""
         settings = self._settings
         answer = self._https.log_in({"username": settings.user, "password": settings.api_password})
         if answer.get("NeedTFA"):
@@ -369,7 +374,7 @@ class _Ticket(requests.auth.AuthBase):
 
 
 class _TooLarge(requests.exceptions.RequestException):
-    """The answer is larger than any answer of Proxmox."""
+    """The answer is larger than LARGEST_ANSWER."""
 
 
 class _Adapter(HTTPAdapter):
@@ -397,17 +402,17 @@ class _Adapter(HTTPAdapter):
         response._content = bytes(content)
         length = response.headers.get("Content-Length", "")
         if length.isdecimal() and "Content-Encoding" not in response.headers and len(content) < int(length):
-            # urllib3 1.26 (Debian 12) accepts half an answer as a whole one.
+            # urllib3 1.26 (Debian 12) accepts a truncated answer.
             raise requests.exceptions.ChunkedEncodingError("IncompleteRead", response=response)
         if 300 <= response.status_code < 400:
-            # A redirect would send a POST, token included, as a GET to another host. A redirect without a target would
-            # look like success with an empty answer.
+            # requests would follow a redirect with the token to another host, and turn a POST into a GET. A redirect
+            # without a target would look like success with an empty answer.
             raise requests.exceptions.TooManyRedirects(
                 "redirected elsewhere; set api_host to the Proxmox node itself", response=response
             )
         if response.status_code >= 400:
             response.reason = _read_sentence(response._content) or response.reason
-            # proxmoxer appends the body's errors to its own message, differently in each release. So leave it none.
+            # proxmoxer appends the body's errors to its own message, differently in each release. So empty the body.
             response._content = b'{"data":null}'
         return response
 
@@ -428,7 +433,7 @@ def _read_sentence(body: bytes) -> str | None:
 
 
 class _Reader(io.RawIOBase):
-    """Read a socket until a deadline. The socket's own timeout starts again with each byte that arrives."""
+    """Read a socket until a deadline. The socket's own timeout would start again with each byte that arrives."""
 
     def __init__(self, sock: Any, raw: Any, deadline: float) -> None:
         self._sock = sock
@@ -447,7 +452,7 @@ class _Reader(io.RawIOBase):
 
     def close(self) -> None:
         super().close()
-        # The socket stays open until this reader is closed as well.
+        # http.client keeps the socket open until the raw reader is closed as well.
         self._raw.close()
 
 
@@ -458,14 +463,14 @@ class _Connection(HTTPSConnection):
 
     def connect(self) -> None:
         for number in range(1, _HANDSHAKES + 1):
-            # Sets the deadline: connect() may already read a proxy's answer.
+            # Set the deadline first: connect() may already read the answer of a proxy.
             self._set_deadline()
             try:
                 super().connect()
                 return
             except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError, BrokenPipeError):
-                # pveproxy does this once in some thousand times, when a worker has just been replaced. Nothing was sent
-                # yet.
+                # pveproxy breaks a handshake once in some thousand connections, when it has just replaced a worker.
+                # Nothing was sent yet.
                 self.close()
                 if number == _HANDSHAKES:
                     raise NewConnectionError(self, "TLS handshake broken") from None
@@ -479,13 +484,13 @@ class _Connection(HTTPSConnection):
         super().request(*arguments, **options)
 
     def _set_deadline(self) -> float | None:
-        """Set the deadline, and return the seconds until then."""
+        """Set the deadline of the next answer, and return the seconds until then; None without a timeout."""
         seconds = self.timeout if isinstance(self.timeout, (int, float)) else None
         self.deadline = time.monotonic() + seconds if seconds else math.inf
         return seconds
 
     def response_class(self, sock: Any, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
-        """Make http.client's response read until the deadline only."""
+        """Return http.client's response with a reader that stops at the deadline."""
         import http.client
 
         response = http.client.HTTPResponse(sock, *arguments, **options)
@@ -495,7 +500,7 @@ class _Connection(HTTPSConnection):
 
 
 class _Pool(HTTPSConnectionPool):
-    """Close connections that were idle for too long. urllib3 only notices those that are already closed."""
+    """Close connections that were idle for too long. urllib3 detects only connections that are already closed."""
 
     ConnectionCls = _Connection
 

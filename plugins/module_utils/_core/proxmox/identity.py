@@ -3,9 +3,12 @@
 
 """Judge whether the VM at a VMID is ours, by two marks.
 
-The marks are our UUID in the description, which the clone call itself sets, so the VM has it from its first moment, and
-the SMBIOS UUID that Proxmox gave the clone. Name and tags prove nothing: a clone made by hand copies them, and the
-description as well.
+- The marker: our UUID in the description. The clone request sets the description, so the VM has the marker from the
+  beginning.
+- The SMBIOS UUID. Proxmox generates a new one for each clone.
+
+Name and tags prove nothing, because a clone made by hand copies them. Such a clone copies the marker as well, so the
+marker alone proves nothing either.
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ AMBIGUOUS = "AMBIGUOUS"
 UNBOUND = "UNBOUND"
 UNKNOWN = "UNKNOWN"
 
-# The tag is a hint for people and inventories, never a proof.
+# People and inventories use the tag. The tag proves nothing: a clone made by hand copies it.
 OUR_TAG = "agentlab"
 _MARKER = re.compile(
     r"agentlab-sandbox: ([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})(?![0-9a-f-])",
     re.IGNORECASE | re.ASCII,
 )
-# The id of the database with the sandbox's record. Markers of older releases lack it.
+# The id of the database that has the sandbox's record. Markers of older releases lack the id.
 _DATABASE = re.compile(r" \(database ([0-9a-f]{32})\)", re.IGNORECASE | re.ASCII)
 _NOTE = "agentlab-delete:"
 _SMBIOS = re.compile(r"(?:^|,)uuid=([0-9A-Fa-f-]{36})(?:,|$)")
@@ -35,7 +38,7 @@ _LONGEST_DESCRIPTION = 8192
 
 @dataclass(slots=True)
 class Verdict:
-    """The verdict on one VM, with its evidence."""
+    """The verdict on one VM: ``identity`` (see judge()), the evidence, and the configuration that was judged."""
 
     identity: str
     evidence: dict[str, Any]
@@ -44,9 +47,9 @@ class Verdict:
 
 
 def make_marker(uuid: str, database: str | None = None) -> str:
-    """Return the description with which a sandbox's VM is cloned.
+    """Return the description for the clone of a sandbox: its marker, and a sentence for people.
 
-    ``database`` is the id of the database with the sandbox's record.
+    ``uuid`` is the sandbox's UUID, ``database`` the id of the database that has the sandbox's record.
     """
     of = f" (database {database})" if database else ""
     return (
@@ -56,9 +59,9 @@ def make_marker(uuid: str, database: str | None = None) -> str:
 
 
 def replace_text(config: dict[str, Any], text: str) -> str:
-    """Return the description with ``text`` after its first empty line.
+    """Return the VM's description with ``text`` after its first empty line.
 
-    The lines before that stay, because they contain our marker.
+    The lines before the empty line contain our marker, so they stay.
     """
     return f"{_read_head(config)}\n\n{text}" if text else _read_head(config)
 
@@ -75,7 +78,7 @@ def _read_head(config: dict[str, Any]) -> str:
 
 
 def is_ours(text: str) -> bool:
-    """Return whether a text contains our marker or note, which only we may write into a description."""
+    """Return whether a text contains our marker or our note of a deletion. A user's text may contain neither."""
     return _MARKER.search(text) is not None or any(line.startswith(_NOTE) for line in text.splitlines())
 
 
@@ -85,9 +88,9 @@ def read_markers(config: dict[str, Any]) -> set[str]:
 
 
 def read_other_databases(config: dict[str, Any], database: str | None) -> set[str]:
-    """Return the databases named by the VM's markers, if every marker names one and none names ``database``.
+    """Return the ids of other databases if the VM is known to belong to them; otherwise an empty set.
 
-    Otherwise return an empty set: the VM is then not known to belong to another database.
+    Every marker of the VM must name a database, and no marker may name ``database``, our own id.
     """
     text = str(config.get("description") or "")
     named = set()
@@ -106,15 +109,18 @@ def read_smbios_uuid(config: dict[str, Any]) -> str | None:
 
 
 def judge(uuid: str, known_smbios: str | None, config: dict[str, Any]) -> Verdict:
-    """Judge whose VM a configuration describes. ``uuid`` is the sandbox's, ``known_smbios`` the SMBIOS UUID on record.
+    """Judge whose VM a configuration describes, and return the verdict with its evidence.
 
-    | verdict | the description carries | the SMBIOS UUID is | what callers do |
+    ``uuid`` is the sandbox's UUID, ``known_smbios`` the SMBIOS UUID in its record, None before the VM is bound.
+
+    | verdict | marker in the description | SMBIOS UUID | action of the caller |
     |---|---|---|---|
-    | MATCH | our marker alone | the one on record | act on the VM |
-    | UNBOUND | our marker alone | not on record yet | bind it, if our own clone task ended well |
-    | UNKNOWN | not our marker, or ours before binding | any, while a clone or restore runs | leave it, look again |
-    | AMBIGUOUS | our marker or not | the other mark is ours | leave it, report it |
-    | FOREIGN | not our marker | not ours | leave it; our own VM is gone |
+    | MATCH | ours alone | as in the record | act on the VM |
+    | UNBOUND | ours alone | not in the record yet | bind the VM, if our own clone task ended well |
+    | UNKNOWN | not ours, or ours before binding | any, while a clone or restore runs | leave the VM, look again |
+    | AMBIGUOUS | missing, another, or several | as in the record | leave the VM, report it |
+    | AMBIGUOUS | ours, alone or among several | not as in the record | leave the VM, report it |
+    | FOREIGN | missing or another | not as in the record | leave the VM; our own VM is gone |
 
     docs/safety.md has the same table for operators.
     """
@@ -127,8 +133,8 @@ def judge(uuid: str, known_smbios: str | None, config: dict[str, Any]) -> Verdic
         "name": config.get("name"),
         "lock": config.get("lock"),
     }
-    # While a clone or a restore runs, the configuration decides nothing: the VM may become our own clone, or be ours
-    # again from its backup.
+    # While a clone or a restore runs, the configuration is not complete: the VM may become our clone, or our own VM
+    # restored from its backup.
     unfinished = config.get("lock") in ("clone", "create")
     if known_smbios is not None and found_smbios == known_smbios.lower():
         identity = MATCH if ours else AMBIGUOUS
@@ -142,10 +148,10 @@ def judge(uuid: str, known_smbios: str | None, config: dict[str, Any]) -> Verdic
 
 
 def add_deletion_note(config: dict[str, Any], operation: str, at: str | None) -> str:
-    """Return the description with a line about the deletion: by which operation, and when. Replaces an earlier line."""
+    """Return the VM's description with one line about its deletion: the operation, and its time ``at``."""
     lines = [line for line in str(config.get("description") or "").splitlines() if not line.startswith(_NOTE)]
     text = "\n".join([*lines, f"{_NOTE} {operation} {at}"])
     if len(text) > _LONGEST_DESCRIPTION:
-        # Cut a long description, but never our own lines: put the lines with a marker first.
+        # Put the lines with a marker first, so that the cut never removes them.
         text = "\n".join(sorted(text.splitlines(), key=lambda line: not _MARKER.search(line)))
     return text[:_LONGEST_DESCRIPTION]

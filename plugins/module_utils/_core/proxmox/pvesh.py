@@ -1,20 +1,20 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Requests through ``pvesh``, the command line of the Proxmox API on a node. Needs root, no token and no library.
+"""Send requests through ``pvesh``, the command line of the Proxmox API on a node.
 
-How pvesh (Proxmox VE 8 and 9) answers, which differs from the https API:
+pvesh needs root, but no token and no Python library. It answers (on Proxmox VE 8 and 9) differently from the https API:
 
-- The exit status tells success (0) from refusal (anything else; the number means nothing). Standard error has warnings
-  of good answers too, so its text counts only after a refusal.
+- Exit status 0 is success. Any other status is a refusal, and its number means nothing. Standard error contains
+  warnings after a success too, so its text is an error only after a refusal.
 - A request that starts a task returns when the task has ended, and exits with 0 even if the task failed. Standard
-  error tells all ends but a good one: the error of a task that failed, ``Task finished with 1 warning(s)!``, or ``got
-  unexpected control message`` after a worker that was killed (tee_worker in PVE::RESTEnvironment). So a task ended
-  with ``OK`` if standard error is empty. Otherwise the task's exit status has to be read. Task log lines stand before
-  the answer on standard output.
-- On another node (reached by ssh) log lines and answer are one JSON string, glued together without line feeds.
-- A config write prints ``update VM 100: ...`` on this node and nothing on another one.
-- An ssh connection that could not be made proves that nothing was done; one that broke proves nothing.
+  error is empty only after a good end. Otherwise it contains the error of the task, ``Task finished with 1
+  warning(s)!``, or ``got unexpected control message`` after a killed worker (tee_worker in PVE::RESTEnvironment). So
+  empty standard error means ``OK``, and in every other case the task's exit status must be read.
+- Standard output contains the lines of the task's log before the answer. For a request to another node (which pvesh
+  reaches by ssh), log lines and answer are one JSON string without line feeds.
+- A config write prints ``update VM 100: ...`` for this node, and nothing for another node.
+- If ssh could not connect, nothing was done. If the ssh connection broke later, the outcome is unknown.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _COMMANDS = {"GET": "get", "POST": "create", "PUT": "set", "DELETE": "delete"}
 _TASK_ID = re.compile(
     r'\\?"(UPID:[^:\s"\\]+:[0-9A-F]{8,}:[0-9A-F]{8,}:[0-9A-F]{8,}:[^:\s"\\]+:[^:\s"\\]*:[^:\s"\\]+:)\\?"["\s]*$'
 )
-# Any other answer at the end of a glued string, such as the name of a new volume.
+# Any other answer at the end of a string with log lines, such as the name of a new volume.
 _LAST_STRING = re.compile(r'"([^"\s]+)"\s*$')
 _CONFIG = re.compile(r"/(qemu|lxc)/\d+/config$")
 _USAGE = re.compile(r"(proxy handler failed: )?(pvesh (get|create|set|delete|ls|usage) <api_path>|USAGE: )")
-# Perl's nine lines about a missing locale, and other warnings that do not belong to an error.
+# Warnings that are no part of an error, such as Perl's nine lines about a missing locale.
 _WARNING = re.compile(
     r"perl: warning: |(LANGUAGE|LC_\w+|LANG) = |are supported and installed|Use of uninitialized value|Wide character in |"
     r"Warning: Permanently added |WARN(ING)?: "
@@ -53,8 +53,8 @@ _BROKEN_SSH = re.compile(
     r"[Cc]onnection (to \S+ )?(closed|reset|timed out)|closed by remote host|Broken pipe|client_loop|"
     r"Timeout, server \S+ not responding"
 )
-# A VM, its hook script and a backup inherit the environment of the pvesh that started them. So remove what the service
-# sets for its own Python.
+# A VM, its hook script and a backup inherit the environment of the pvesh that started them. So remove the variables
+# that systemd and the unit set for the daemon's own Python.
 _SERVICE_ENVIRONMENT = {
     "PYTHONPATH",
     "PYTHONDONTWRITEBYTECODE",
@@ -65,14 +65,14 @@ _SERVICE_ENVIRONMENT = {
     "WATCHDOG_PID",
     "WATCHDOG_USEC",
 }
-# Every user of the host can see pvesh's arguments.
+# Secret parameters, refused because every user of the host can see pvesh's arguments.
 _SECRET_OPTIONS = ("cipassword", "password")
 
 
 class Pvesh:
     """Run one pvesh for each request. Safe to use from several threads."""
 
-    # A write returns only after its task has ended, so the task's status is available at once.
+    # pvesh returns from a write only after the task has ended, so the task's status is available at once.
     awaits_tasks = True
 
     def __init__(self, settings: ProxmoxSettings) -> None:
@@ -89,13 +89,17 @@ class Pvesh:
         self._qm = shutil.which("qm") or shutil.which("qm", path="/usr/bin:/usr/sbin")
 
     def shows_input(self, path: str) -> bool:
-        """Return False only for this node, where qm reads a command's input from standard input."""
+        """Return whether the process list would show the input of a command in a guest.
+
+        False on this node, where ``qm`` reads the input from a pipe (see _start_in_guest).
+        """
         return self._qm is None or path.split("/")[1:2] != [socket.gethostname().partition(".")[0]]
 
     def send(self, method: str, path: str, params: dict[str, Any]) -> Any:
-        """Send a request and return the answer's data: a task id if it started a task, None for an empty answer.
+        """Send a request and return the answer's data: a task id if a task was started, None for an empty answer.
 
-        Raises the same errors as the https API: ApiError, Unreachable, OutcomeUnknown.
+        Raises AccessDenied, ApiError, Unreachable or OutcomeUnknown as the https API does, and InvalidInput for a value
+        that pvesh cannot take.
         """
         if method == "POST" and path.endswith("/agent/exec") and not self.shows_input(path):
             return self._start_in_guest(path, params)
@@ -108,29 +112,33 @@ class Pvesh:
         raise self._make_refusal(method, path, params, status, complaint)
 
     def ended_well(self, upid: str) -> bool:
-        """Return True, once, if pvesh itself has reported the task's end with ``OK``. No request is needed then."""
+        """Return True, once, if pvesh has reported the task's end with ``OK``. No request is needed then."""
         try:
             self._ended_well.remove(upid)
         except KeyError:
             return False
         return True
 
-    # ---- asking ----
+    # ---- running pvesh ----
 
     def _start_in_guest(self, path: str, params: dict[str, Any]) -> Any:
-        """Start a program in a guest on this node. ``qm guest exec`` reads the input from a pipe (up to 1 MiB)."""
+        """Start a program in a guest on this node, and return Proxmox's answer.
+
+        ``qm guest exec`` reads the program's input from standard input (up to 1 MiB), where no process list shows it.
+        """
         words = [str(self._qm), "guest", "exec", path.split("/")[3], "--pass-stdin", "1", "--synchronous", "0", "--"]
         arguments = [word.encode("ascii") for word in (*words, *params["command"])]
         status, output, complaint = self._run(
             "POST", path, arguments, str(params.get("input_data") or "").encode("ascii")
         )
         if status == 0:
-            # This answer is JSON on several lines.
+            # qm prints JSON on several lines, without log lines.
             data = _parse(output.strip())
             return None if data in (_NO_JSON, _TOO_DEEP) else data
         raise self._make_refusal("POST", path, params, status, complaint)
 
     def _make_arguments(self, method: str, path: str, params: dict[str, Any]) -> list[bytes]:
+        """Return the arguments of pvesh. Raises InvalidInput for a secret, or a character that no argument may have."""
         secret = next((name for name in _SECRET_OPTIONS if params.get(name) is not None), None)
         if secret:
             raise InvalidInput(
@@ -157,14 +165,17 @@ class Pvesh:
     def _run(self, method: str, path: str, arguments: list[bytes], sent: bytes | None = None) -> tuple[int, str, str]:
         """Run pvesh and return (exit status, standard output, standard error). ``sent`` is the standard input, if any.
 
-        Output goes to files in memory, not to pipes, and the process has a session of its own. So a task inside pvesh
-        goes on when this process ends (an interrupted clone would leave a locked VM). Files that a task creates get the
-        modes of a root shell, not those of the daemon's umask (0077).
+        The task runs inside pvesh, and an interrupted clone would leave a locked VM. So pvesh gets a session of its own
+        and writes to files in memory instead of pipes: the task goes on when this process ends. pvesh also gets the
+        umask of a root shell, because the daemon's umask (0077) would apply to files that a task creates.
+
+        Raises OutcomeUnknown after ``api_timeout`` for a read, and after the longer of ``api_timeout`` and
+        ``wait_timeout`` for a write. A read is killed then, a write goes on.
         """
         settings = self._settings
         seconds = settings.api_timeout if method == "GET" else max(settings.api_timeout, settings.task_timeout)
         hidden = {*ENVIRONMENT.values(), "LANGUAGE", *_SERVICE_ENVIRONMENT}
-        # Without a UTF-8 locale pvesh garbles non-ASCII text. With a missing locale perl prints warnings.
+        # Without a UTF-8 locale pvesh garbles non-ASCII text. If the locale is not installed, Perl prints warnings.
         environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"LC_ALL": "C.UTF-8"}
         try:
             with (
@@ -177,7 +188,7 @@ class Pvesh:
                 standard_input.seek(0)
                 # pmxcfs accepts uid 0 only together with gid 0 (or group www-data).
                 group = 0 if os.geteuid() == 0 and os.getegid() != 0 else None
-                # The core has no AnsibleModule, so it cannot use run_command.
+                # The core also runs in the daemon, without an AnsibleModule and its run_command.
                 process = subprocess.Popen(  # pylint: disable=ansible-bad-function
                     arguments,
                     stdin=subprocess.DEVNULL if sent is None else standard_input,
@@ -228,10 +239,11 @@ class Pvesh:
                 path=path,
             ) from None
 
-    # ---- reading ----
+    # ---- reading answers ----
 
     def _read_data(self, method: str, path: str, output: str) -> Any:
-        # The output of a config write quotes the description, which is a user's text, so do not parse it.
+        """Return the answer's data from the standard output of a request that succeeded."""
+        # The output of a config write quotes the description. That is a user's text, so do not parse it.
         if method == "PUT" and _CONFIG.search(path):
             return None
         if method != "GET":
@@ -263,6 +275,7 @@ class Pvesh:
     def _make_refusal(
         self, method: str, path: str, params: dict[str, Any], status: int, complaint: str
     ) -> ProxmoxError:
+        """Return the error for a request with an exit status other than 0. ``complaint`` is the standard error."""
         settings = self._settings
         where = f"{method} /{path} on {settings.where}"
         lines = [line.strip() for line in complaint.splitlines() if line.strip() and not _USAGE.match(line)]
@@ -314,7 +327,7 @@ def _guess_status(text: str) -> int:
 
 
 class _NoJson:
-    pass
+    """A result of _parse that is no data."""
 
 
 _NO_JSON = _NoJson()
@@ -322,6 +335,7 @@ _TOO_DEEP = _NoJson()
 
 
 def _parse(text: str) -> Any:
+    """Return the data of a JSON text, _NO_JSON for any other text, or _TOO_DEEP for data nested too deep."""
     try:
         data = json.loads(text)
     except ValueError:

@@ -3,7 +3,7 @@
 
 """Wait for tasks of Proxmox.
 
-Many waiters share one poll for each node: it reads the node's list of tasks instead of each task's status.
+All waiters of a node share one poll, which reads the node's list of tasks instead of the status of each task.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from .client import ProxmoxClient
 # Longest pause in seconds between two polls. The pauses grow until the first task of a kind has ended. From then on the
 # shortest duration of that kind is known.
 LONGEST_POLL = 2.0
+# Tasks to list in one poll.
 _LIST_LIMIT = 5000
+# Seconds after which a task that the list lacks is asked for by itself.
 _LOST_AFTER = 10
 # Lines of a failed task's log to read (a full clone writes one for each percent), and lines to quote.
 _LOG_READ = 10_000
@@ -28,9 +30,9 @@ _LOG_LINE_CHARS = 300
 
 
 def read_node(upid: str) -> str:
-    """Return the node that runs a task; only that node knows its status.
+    """Return the node that runs a task. Only that node knows the task's status.
 
-    UPID:node:pid:pstart:starttime:type:id:user:
+    A task id is ``UPID:node:pid:pstart:starttime:type:id:user:``. Raises OutcomeUnknown for any other text.
     """
     parts = upid.split(":")
     if len(parts) < 9 or parts[0] != "UPID" or not parts[1]:
@@ -46,7 +48,7 @@ def read_kind(upid: str) -> str:
 
 
 def read_start_time(upid: str) -> int:
-    """Return the start time of a task by the node's clock, in seconds since the epoch."""
+    """Return the start time of a task by the node's clock, in seconds since the epoch; 0 if the id has none."""
     try:
         return int(upid.split(":")[4], 16)
     except (IndexError, ValueError):
@@ -56,8 +58,8 @@ def read_start_time(upid: str) -> int:
 class TaskWaiter:
     """Wait for tasks, from any number of threads. Use one waiter for a whole run.
 
-    Polls a node at most every ``interval`` seconds. ``waiting.until`` would not do: one thread polls for all that wait
-    for tasks of the same node, and the others wait for what it learns.
+    One thread polls a node, at most every ``interval`` seconds, and hands the results to the other threads that wait
+    for tasks of that node. So ``waiting.until`` cannot be used here.
     """
 
     def __init__(self, client: ProxmoxClient, clock: Clock, interval: float) -> None:
@@ -77,8 +79,8 @@ class TaskWaiter:
     def wait(self, upid: Any, label: str, timeout: float) -> list[str]:
         """Wait at most ``timeout`` seconds for a task to end well, and return its warnings ([] for none).
 
-        Raises TaskFailed with Proxmox's text and the end of the task's log, TaskTimeout when the task still runs, and
-        TaskUnknown when its result cannot be read.
+        ``label`` names the operation in messages. Raises TaskFailed with Proxmox's text and the end of the task's log,
+        TaskTimeout when the task still runs, and TaskUnknown when its result cannot be read.
         """
         try:
             upid = str(upid)
@@ -89,13 +91,13 @@ class TaskWaiter:
             raise
 
     def _await_task(self, upid: str, label: str, node: str, timeout: float) -> str:
-        """Wait for the end of a task, and return its exit status."""
+        """Wait for the end of a task, and return its exit status. Raises TaskTimeout or TaskUnknown."""
         begun = self._clock.monotonic()
         deadline = begun + timeout
         with self._lock:
             self._waiting.setdefault(node, {})[upid] = begun
         try:
-            # pvesh has already waited for the task, so look once before any pause.
+            # pvesh has already waited for the task, so read its status before any pause.
             if self._client.awaits_tasks:
                 if self._client.ended_well(upid):
                     return "OK"
@@ -149,8 +151,8 @@ class TaskWaiter:
     def _compute_pause(self, node: str) -> float:
         """Return the seconds until the next poll of a node.
 
-        That is when the first of its tasks can have ended. An overdue task is polled after a quarter of its delay, so
-        that long tasks cost few polls.
+        The next poll is due when the first task can have ended, by the shortest duration of its kind. An overdue task
+        is polled again after a quarter of its delay, so that long tasks cost few polls.
         """
         now = self._clock.monotonic()
         late = [now - since - self._shortest.get(read_kind(upid), 0.0) for upid, since in self._waiting[node].items()]
@@ -159,17 +161,17 @@ class TaskWaiter:
         )
 
     def _learn_durations(self, awaited: dict[str, float], ended: dict[str, str]) -> None:
+        """Update the shortest duration of each kind of task from the tasks that ended."""
         now = self._clock.monotonic()
         for upid in ended:
             took, kind = now - awaited[upid], read_kind(upid)
-            # Raise the shortest duration slowly: if all tasks take longer than one once did, the early polls are
-            # useless.
+            # Raise the shortest duration slowly. Otherwise a single fast task would cause early, useless polls forever.
             self._shortest[kind] = min(took, self._shortest.get(kind, took) * 1.1)
 
     def _poll_node(self, node: str, awaited: dict[str, float]) -> tuple[dict[str, str], dict[str, ProxmoxError]]:
         """Return (exit statuses of ended tasks, errors by task).
 
-        A failed poll is tolerated until the waiter's timeout.
+        A failed poll is no error: the waiter polls again until its timeout.
         """
         ended: dict[str, str] = {}
         errors: dict[str, ProxmoxError] = {}
@@ -185,7 +187,7 @@ class TaskWaiter:
                 for upid, since_ in awaited.items():
                     row = listed.get(upid)
                     if row is None:
-                        # A new task may be listed a moment late. Ask separately for an old task that is missing.
+                        # Proxmox may list a new task a moment late. Read the status of an old task that is missing.
                         if now - since_ > _LOST_AFTER:
                             single.append(upid)
                     elif row.get("endtime") or row.get("status") not in (None, "", "RUNNING", "running"):
@@ -232,7 +234,7 @@ class TaskWaiter:
             return []
         if status.startswith("WARNINGS"):
             return [f"{label}: task {upid} ended with {status}; see its log on node {node}"]
-        # The caller retries after a lock that was not acquired, and the log says no more than the status.
+        # If the task did not begin (no lock), the caller retries, and the log only repeats the status.
         log = "" if answers.is_not_begun(status) else self._read_end_of_log(upid, node, status)
         if status == "unexpected status":
             raise TaskUnknown(
@@ -250,7 +252,7 @@ class TaskWaiter:
         )
 
     def _read_end_of_log(self, upid: str, node: str, status: str) -> str:
-        """Return the last lines of a failed task's log for its message, because the cause often stands only there."""
+        """Return the last lines of a failed task's log for the message. Often only the log contains the cause."""
         try:
             rows = self._client.get_list(f"nodes/{node}/tasks/{upid}/log", limit=_LOG_READ)
         except (ProxmoxError, InvalidInput) as error:

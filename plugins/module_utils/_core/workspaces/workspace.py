@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The operations on workspaces: create, grow, attach, detach, delete, and finish what a killed run left.
+"""Create, grow, attach, detach and delete workspaces, and finish the operations of killed runs.
 
-``workspace_disk`` moves the disk into a VM and out of it.
+``workspace_disk`` attaches the disk to a VM and detaches it.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ _SIZE = re.compile(r"(\d{1,6})([MGT])", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 # File-based storages, with the suffix (and format) of a new volume. On all other storages volumes have no suffix.
 _FILES = {"dir": ".qcow2", "nfs": ".qcow2", "cifs": ".qcow2", "glusterfs": ".qcow2", "btrfs": ".raw"}
-# A directory storage lists these contents for every owner VMID, snippets and imports included (Proxmox VE 9.2).
+# Contents that belong to no VMID. A directory storage lists them for every VMID (Proxmox VE 9.2).
 _OWNED_BY_NOBODY = ("snippets", "import", "iso", "vztmpl")
-# States in which a sandbox's VM may get or lose a disk.
+# States of a sandbox in which a workspace may be attached to its VM.
 _USABLE = ("BOOTING", "READY", "RUNNING", "STOPPED")
 
 
 @dataclass(slots=True)
 class WorkspaceResult:
-    """The outcome for a workspace; ``changed`` follows from the actions taken."""
+    """The outcome for a workspace: one word, the record, and whether an action changed something."""
 
     outcome: str
     workspace: Workspace | None
@@ -70,7 +70,7 @@ class WorkspaceResult:
 
 
 def parse_size(value: object, option: str = "size") -> int:
-    """Return a size such as ``20G`` in bytes. Raises InvalidInput, by the option's name, for anything else."""
+    """Return a size such as ``20G`` in bytes. Raises InvalidInput, which names ``option``, for any other value."""
     match = _SIZE.fullmatch(patterns.shorten_size(str(value).strip()))
     if not match or not int(match[1]):
         raise InvalidInput(
@@ -82,6 +82,7 @@ def parse_size(value: object, option: str = "size") -> int:
 
 
 def check_name(name: str) -> None:
+    """Raise InvalidInput for a name that is not valid for a workspace."""
     if not _NAME.fullmatch(name):
         raise InvalidInput(
             f"name: {name[:80]!r} is not valid. Valid: letters, digits, dot, hyphen and underscore, 63 characters at "
@@ -96,7 +97,11 @@ def check_name(name: str) -> None:
 def ensure_present(
     ctx: Context, name: str, *, size: object = None, storage: str | None = None, node: str | None = None
 ) -> WorkspaceResult:
-    """Make sure that the workspace exists, and return the outcome. An existing workspace can only grow."""
+    """Make sure that the workspace exists, and return the outcome. An existing workspace can only grow.
+
+    ``size`` is a text such as ``20G``. Without ``storage`` and ``node`` the configuration decides. Raises InvalidInput
+    for an option that does not fit the workspace, and WorkspaceRefused if it cannot grow now.
+    """
     check_name(name)
     size_bytes = None if size is None else parse_size(size)
     disk = open_records(ctx).find(name)
@@ -126,6 +131,7 @@ def ensure_present(
 
 
 def _create(ctx: Context, name: str, size: int | None, storage: str | None, node: str | None) -> WorkspaceResult:
+    """Reserve a record with an owner VMID, and create the volume. ``size`` is in bytes. Raises InvalidInput."""
     if size is None:
         raise InvalidInput(f"size: missing; a new workspace ({name!r}) needs one, such as 20G", option="size")
     storage = storage or ctx.config.storage
@@ -134,7 +140,7 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
             "storage: missing; give the storage for the workspace (or set it in the configuration)", option="storage"
         )
     nodes = ctx.cluster.list_nodes()
-    # ``node: auto`` chooses a node for each sandbox. A workspace on local storage stays on the node where it was made.
+    # ``node: auto`` chooses a node for each sandbox. A workspace on local storage never leaves its node.
     configured = None if ctx.config.node == AUTO else ctx.config.node
     node = node or configured or next(iter(sorted(name for name, up in nodes.items() if up)), None)
     if node not in nodes or not nodes[node]:
@@ -180,9 +186,9 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
 
 
 def _allocate(ctx: Context, disk: Workspace, node: str | None = None, *, first: bool = False) -> Workspace:
-    """Create the volume. Its name contains the workspace's id, so a repeated request cannot create a second volume.
+    """Create the volume, and return the record. The request can be repeated: the volume's name has the workspace's id.
 
-    ``first``: no other run has sent the request. A refusal then proves that there is no volume, and ends the record.
+    ``first``: no other run has sent the request. A refusal then proves that there is no volume, and closes the record.
     """
     node = node or find_node(ctx, disk)
     row = find_volume(ctx, disk, node)
@@ -190,10 +196,10 @@ def _allocate(ctx: Context, disk: Workspace, node: str | None = None, *, first: 
         try:
             _require_free_owner(ctx, disk, node)
             if not first:
-                # From here on this request is the one whose outcome is unknown. doubt_window starts again, so no other
-                # run gives the record up meanwhile.
+                # We send a new request: doubt_window starts again now, so that no other run gives the record up
+                # meanwhile.
                 disk = open_records(ctx).change(disk, "create", outcome="decided", reason="allocating")
-            # This request accepts no unit above G, so give the size in MiB.
+            # Proxmox takes the size here with M or G, not with T. So give the size in MiB.
             answer = ctx.client.post(
                 f"nodes/{node}/storage/{disk.storage}/content",
                 vmid=disk.owner_vmid,
@@ -237,14 +243,14 @@ def _allocate(ctx: Context, disk: Workspace, node: str | None = None, *, first: 
 
 
 def _require_free_owner(ctx: Context, disk: Workspace, node: str) -> None:
-    """Raise WorkspaceRefused if a VM (even a hidden one) has the owner VMID, or another volume belongs to it."""
+    """Raise WorkspaceRefused if a VM (visible or hidden) has the owner VMID, or if another volume belongs to it."""
     proof = ctx.cluster.prove_absent([disk.owner_vmid])[disk.owner_vmid]
     if not proof.absent:
         raise WorkspaceRefused(
             f"{disk.title}: VMID {disk.owner_vmid} of workspace_owner_range is not proven to be free ({proof.why}); "
             "VMs must never get a VMID of that range"
         )
-    # Our own volume may have appeared just now, through another run or a request whose answer was lost.
+    # Ignore our own volume: another run, or a request whose answer was lost, may have created it just now.
     volumes = [
         row
         for row in ctx.client.get_list(f"nodes/{node}/storage/{disk.storage}/content", vmid=disk.owner_vmid)
@@ -258,6 +264,7 @@ def _require_free_owner(ctx: Context, disk: Workspace, node: str) -> None:
 
 
 def _give_creation_up(ctx: Context, disk: Workspace, error: AgentlabError) -> None:
+    """Close the record of a workspace that has no volume, with the error in its event."""
     open_records(ctx).change(
         disk,
         "create",
@@ -269,6 +276,7 @@ def _give_creation_up(ctx: Context, disk: Workspace, error: AgentlabError) -> No
 
 
 def _grow(ctx: Context, disk: Workspace, size_bytes: int) -> WorkspaceResult:
+    """Resize an attached workspace to ``size_bytes``. Raises WorkspaceRefused for a workspace that is not attached."""
     if disk.state != store.ATTACHED or disk.sandbox_uuid is None:
         raise WorkspaceRefused(
             f"size: {disk.title} is {disk.state}; Proxmox VE resizes disks of VMs only, so attach it to a sandbox, "
@@ -306,9 +314,11 @@ def _grow(ctx: Context, disk: Workspace, size_bytes: int) -> WorkspaceResult:
 
 
 def ensure_attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None) -> WorkspaceResult:
-    """Make sure that the sandbox has the workspace.
+    """Make sure that the sandbox has the workspace, and return the outcome. ``which``: name or id of the workspace.
 
-    Take it over if its lease is over and its holder's VM does not run.
+    ``ttl``: the lease on the workspace in seconds; None: the lease of the sandbox. If another sandbox has the
+    workspace, it is taken over only if the lease on it is over and the VM of that sandbox is stopped. Raises
+    WorkspaceRefused otherwise.
     """
     disk = select(ctx, which)
     if disk.state == store.ATTACHED and disk.sandbox_uuid == sandbox.uuid:
@@ -339,7 +349,7 @@ def ensure_attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None 
         try:
             attached_disk = attach(ctx, claim, current, located, assigned)
         except (WorkspaceRefused, Kept) as error:
-            # Detach only if no request was sent, or its answer is known. The next run settles every other case.
+            # Undo the attachment only if no request was sent, or its answer is known. The next run settles other cases.
             if isinstance(error, WorkspaceRefused) or open_records(ctx).get(assigned.id).slot is None:
                 try:
                     _free_refused(ctx, claim, current, assigned, error)
@@ -353,7 +363,7 @@ def ensure_attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None 
 
 
 def _free_refused(ctx: Context, claim: Claim, sandbox: Sandbox, assigned: Workspace, error: AgentlabError) -> None:
-    """Free the workspace after an attachment that was refused, or that has to be undone."""
+    """Free the workspace after an attachment that was refused, or that must be undone."""
     disk = open_records(ctx).get(assigned.id)
     if disk.state == store.ATTACHING and disk.slot is None:
         open_records(ctx).change(
@@ -368,11 +378,13 @@ def _free_refused(ctx: Context, claim: Claim, sandbox: Sandbox, assigned: Worksp
             evidence={"message": error.message},
         )
         return
-    # A stored slot means that an earlier run sent the request. Proxmox may still carry that out.
+    # A stored slot means that a run has sent the request. If ``assigned`` had it, an earlier run did, and Proxmox may
+    # still carry out that request.
     detach_volume(ctx, claim, sandbox, require_match(ctx, sandbox), disk, sure=assigned.slot is None)
 
 
 def _renew_lease(ctx: Context, disk: Workspace, ttl: int | None) -> WorkspaceResult:
+    """Set the lease of an attached workspace to now plus ``ttl`` seconds, if that adds a minute or more."""
     until = None if ttl is None else ctx.clock.now() + ttl
     if until is None or until - (disk.lease_expires_at or 0) < 60:
         return WorkspaceResult("unchanged", disk)
@@ -384,6 +396,7 @@ def _renew_lease(ctx: Context, disk: Workspace, ttl: int | None) -> WorkspaceRes
 
 
 def _require_lease_over(ctx: Context, disk: Workspace) -> None:
+    """Raise WorkspaceRefused unless the lease on the workspace is over."""
     if disk.lease_expires_at is None or disk.lease_expires_at > ctx.clock.now():
         raise make_held_error(ctx, disk)
 
@@ -391,7 +404,8 @@ def _require_lease_over(ctx: Context, disk: Workspace) -> None:
 def ensure_detached(ctx: Context, which: str, *, only_stopped: bool = False) -> WorkspaceResult:
     """Make sure that no sandbox has the workspace, and return the outcome.
 
-    The guest must unmount the disk first: data that the guest has not written yet is lost.
+    A running guest must unmount the disk before: data that the guest has not written yet is lost. ``only_stopped``:
+    raise WorkspaceRefused unless the lease on the workspace is over and the VM is stopped.
     """
     disk = select(ctx, which)
     if disk.state == store.DETACHED:
@@ -429,7 +443,11 @@ def ensure_detached(ctx: Context, which: str, *, only_stopped: bool = False) -> 
 
 
 def ensure_absent(ctx: Context, which: str, *, force: bool) -> WorkspaceResult:
-    """Delete a workspace and its data. Needs ``force``, and a workspace that is detached and attached to no VM."""
+    """Delete a workspace and its data, and return the outcome.
+
+    Raises WorkspaceRefused without ``force``, if a sandbox or a VM has the workspace, and if its owner VMID is not
+    proven to be free. Raises Kept while a creation of the volume may still be carried out.
+    """
     disk = open_records(ctx).find(which)
     if disk is None:
         return WorkspaceResult("not_found", None)
@@ -459,7 +477,7 @@ def ensure_absent(ctx: Context, which: str, *, force: bool) -> WorkspaceResult:
             "it was not deleted"
         )
     if disk.state != store.DELETING:
-        # Raise Kept now if the storage cannot show the volume: after DELETING there is no way back.
+        # Raise Kept now if the storage cannot show the volume: the state DELETING has no way back.
         is_missing(ctx, disk, find_node(ctx, disk))
     if ctx.dry_run:
         return WorkspaceResult("would_delete", disk, True)
@@ -471,10 +489,11 @@ def ensure_absent(ctx: Context, which: str, *, force: bool) -> WorkspaceResult:
 
 
 def _delete(ctx: Context, disk: Workspace) -> Workspace:
+    """Delete the volume, prove that the storage has it no more, and return the closed record."""
     node = find_node(ctx, disk)
     upids: tuple[str, ...] = ()
     present = not is_missing(ctx, disk, node)
-    # The name contains the workspace's id, so the listed volume is ours.
+    # The volume's name contains the workspace's id, so the listed volume is ours.
     if present:
         answer = ctx.client.delete(f"nodes/{node}/storage/{disk.storage}/content/{disk.volume}")
         if isinstance(answer, str) and answer.startswith("UPID:"):
@@ -506,7 +525,10 @@ def show(
     events: int = 0,
     verify: bool = False,
 ) -> dict[str, Any]:
-    """Return {workspaces, count} from the records, and with ``verify`` what Proxmox says about each workspace."""
+    """Return {workspaces, count} from the records; with ``verify``, add the state of each volume in Proxmox.
+
+    ``name`` is a name or an id. ``events``: how many of the newest events to add to each workspace.
+    """
     disks = [
         disk
         for disk in open_records(ctx).find_all(
@@ -527,7 +549,10 @@ def show(
 
 
 def _read_actual_state(ctx: Context, disk: Workspace) -> dict[str, Any]:
-    """Return {volume_present, attached_to, unknown}. Unknown values are None, with the reason in ``unknown``."""
+    """Return {volume_present, attached_to, unknown} from Proxmox.
+
+    A value that cannot be read is None, and ``unknown`` lists the reasons.
+    """
     answer: dict[str, Any] = {"volume_present": None, "attached_to": None, "unknown": []}
     for name, look in (
         ("volume_present", lambda: not is_missing(ctx, disk, find_node(ctx, disk))),
@@ -540,11 +565,14 @@ def _read_actual_state(ctx: Context, disk: Workspace) -> dict[str, Any]:
     return answer
 
 
-# ---- what killed runs left ----
+# ---- after killed runs ----
 
 
 def finish(ctx: Context, disk: Workspace) -> Workspace:
-    """Finish or undo the operation of a killed run on a workspace, and return the record."""
+    """Finish or undo the operation of a killed run on a workspace, and return the record.
+
+    Raises Busy while a run works on its sandbox, and Kept if a detachment would take the disk from a running VM.
+    """
     if disk.state == store.CREATING:
         if not is_missing(ctx, disk, find_node(ctx, disk)):
             return _allocate(ctx, disk)
@@ -564,17 +592,17 @@ def finish(ctx: Context, disk: Workspace) -> Workspace:
             return free_workspace(ctx, claim, current) or disk
         unfinished = claim.interrupted
         if current.smbios_uuid is None and unfinished is None and current.state not in sandbox_states.CREATING:
-            # The creation was given up before its VM was bound. Only a bound VM gets a workspace, so no VM has the
-            # volume.
+            # The creation was given up before its VM was bound. Only a bound VM gets the disk of a workspace, so no VM
+            # has the volume.
             return free_workspace(ctx, claim, current) or disk
         if current.smbios_uuid is None or (unfinished is not None and unfinished.kind in ("create", "destroy")):
-            # The unfinished creation or destroy settles its workspace itself.
+            # The next run of the unfinished creation or destroy settles its workspace.
             return disk
         located = require_match(ctx, current)
         if disk.state == store.ATTACHING and find_keys(read_drives(ctx, str(located.node), current.vmid), disk.volume):
             return attach(ctx, claim, current, located, disk)
         if disk.state == store.DETACHING and power.read_status(ctx, located).get("status") != "stopped":
-            # Possibly a destroy that was given up, whose sandbox is used again. Never take a disk out of a running VM.
+            # A destroy may have been given up, and its sandbox be in use again. Never take a disk from a running VM.
             raise Kept(
                 "workspace",
                 f"{disk.title}: it was being taken off sandbox {current.vmid}, which runs; detach it, or stop the "

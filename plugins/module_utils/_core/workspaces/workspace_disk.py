@@ -1,14 +1,16 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Workspaces: disks that outlive sandboxes. Move their volumes into a VM and out of it.
+"""Attach the volumes of workspaces to VMs, and detach them. A workspace is a disk that outlives sandboxes.
 
-A volume is created under an owner VMID that no VM ever has, and is attached to one sandbox at a time.
+Proxmox deletes a VM together with the volumes whose names contain its VMID, and lets several VMs attach one volume.
+Five rules protect the data:
 
-Deleting a VM in Proxmox deletes the volumes whose name contains its VMID, and Proxmox lets several VMs attach one
-volume. So the owner VMIDs of workspaces have a range of their own; the database decides which sandbox has a workspace;
-the configurations of all VMs are read to see that no other VM has it; and a VM is deleted only if its configuration,
-read directly before, names no workspace. Volumes are never moved, because that would make the VM their owner.
+- A volume is created under an owner VMID from a range of its own, which no VM ever gets.
+- The database decides which sandbox has a workspace: one sandbox at a time.
+- Before an attachment, the configurations of all VMs are read: no other VM may have the volume.
+- A VM is deleted only if its configuration, read directly before, names no workspace.
+- A volume is never moved, because move_disk makes the VM its owner.
 """
 
 from __future__ import annotations
@@ -31,15 +33,16 @@ _DRIVE = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+")
 _OWNER = re.compile(r"(?:^|[:/])(?:vm|base)-(\d+)-[^/]*$")
 # The highest slots first, because templates use the low ones for their own disks.
 _SLOTS = tuple(f"scsi{number}" for number in range(30, 0, -1))
+# Seconds to wait for a running guest that releases a disk late.
 _UNPLUG_SECONDS = 10
-# Proxmox's errors, after some 18 seconds, for a guest that does not release a disk.
+# Proxmox's errors for a guest that does not release a disk. Proxmox sends them after some 18 seconds.
 _UNPLUG_REFUSED = re.compile(r"hotplug problem|error on hot-unplugging|still busy in guest")
-# Times to look for a VM that the list shows on a node.
+# Attempts to read a VM that migrates while the VM list is read.
 _LOOKS = 3
 
 
 class WorkspaceRefused(AgentlabError):
-    """A request for a workspace that cannot be done now: another sandbox has it, or it is not in the right place."""
+    """The workspace cannot be used like that now: another sandbox has it, or it is on another node."""
 
     code = "workspace"
 
@@ -55,7 +58,7 @@ def show_size(size: int) -> str:
 def open_records(ctx: Context) -> store.Workspaces:
     """Return the records of workspaces.
 
-    They are no part of Context, so that modules without workspaces need not ship this code.
+    Context has no attribute for them, so that an Ansible module without workspaces does not ship this code.
     """
     return store.Workspaces(ctx.records)
 
@@ -73,7 +76,7 @@ def list_unfinished(ctx: Context) -> list[Workspace]:
 
 
 def select(ctx: Context, which: str) -> Workspace:
-    """Return the live workspace with that name or id. Raises NotFound."""
+    """Return the live workspace with the name or id ``which``. Raises NotFound, which lists all names."""
     disk = open_records(ctx).find(which)
     if disk is None:
         names = ", ".join(known.name for known in open_records(ctx).find_all()) or "none"
@@ -85,7 +88,7 @@ def select(ctx: Context, which: str) -> Workspace:
 
 
 def list_volumes(config: dict[str, Any]) -> dict[str, str]:
-    """Return the volume ids in a VM's configuration by their key, including unused volumes."""
+    """Return {key: volume id} for the drives in a VM's configuration, including unused volumes."""
     return {key: str(value).partition(",")[0] for key, value in config.items() if _DRIVE.fullmatch(key)}
 
 
@@ -99,7 +102,7 @@ def read_drives(ctx: Context, node: str, vmid: int) -> dict[str, dict[str, Any]]
 
 
 def find_keys(rows: dict[str, dict[str, Any]], volume: str) -> list[str]:
-    """Return the keys that name the volume now or after the next start. Only with no such key is the volume off."""
+    """Return the keys that name the volume now or after the next start. [] means that the volume is detached."""
     return [
         key
         for key, row in rows.items()
@@ -120,7 +123,7 @@ def _find_slot_in_use(rows: dict[str, dict[str, Any]], volume: str) -> str | Non
 
 
 def find_volume(ctx: Context, disk: Workspace, node: str) -> dict[str, Any] | None:
-    """Return the storage's entry for the volume, or None when it is not listed."""
+    """Return the storage's row for the volume, or None if the storage does not list it."""
     rows = ctx.client.get_list(f"nodes/{node}/storage/{disk.storage}/content", vmid=disk.owner_vmid)
     return next((row for row in rows if row.get("volid") == disk.volume), None)
 
@@ -128,19 +131,19 @@ def find_volume(ctx: Context, disk: Workspace, node: str) -> dict[str, Any] | No
 def is_missing(ctx: Context, disk: Workspace, node: str) -> bool:
     """Return whether the volume is proven to be missing.
 
-    Raises Kept when the storage may omit the volume for another reason. Proxmox reports such a list as a success.
+    Raises Kept if the storage may omit the volume for another reason. Proxmox reports an incomplete list as a success.
     """
     if find_volume(ctx, disk, node) is not None:
         return False
     _require_sight(ctx, disk, node)
-    # Look once more: a problem that was solved meanwhile no longer hides the volume.
+    # List again: a problem that hid the volume may have been solved just before _require_sight looked.
     return find_volume(ctx, disk, node) is None
 
 
 def _require_sight(ctx: Context, disk: Workspace, node: str) -> None:
-    """Raise Kept unless an existing volume would be listed.
+    """Raise Kept unless the storage would list the volume if it existed.
 
-    The conditions are those of PVE::Storage (volume_list, check_volume_access).
+    PVE::Storage (volume_list, check_volume_access) sets the conditions.
     """
     unseen = (
         f"{disk.title}: storage {disk.storage!r} does not list its volume {disk.volume}, but it would not if it "
@@ -167,7 +170,7 @@ def _require_sight(ctx: Context, disk: Workspace, node: str) -> None:
 
 
 def find_node(ctx: Context, disk: Workspace) -> str:
-    """Return a node that sees the storage: the workspace's own node, or any node that is online."""
+    """Return a node that has the storage: the workspace's own node, or an online node. Raises WorkspaceRefused."""
     if disk.node is not None:
         return disk.node
     online = sorted(node for node, up in ctx.cluster.list_nodes().items() if up)
@@ -178,7 +181,10 @@ def find_node(ctx: Context, disk: Workspace) -> str:
 
 
 def find_attached_vms(ctx: Context, disk: Workspace) -> list[int]:
-    """Return the VMIDs of all VMs whose configuration names the volume. Raises Kept when a VM cannot be read."""
+    """Return the VMIDs of all VMs whose configuration names the volume.
+
+    Raises Kept if a VM cannot be read, or if a VM may be hidden from these credentials.
+    """
     rows = [
         (vmid, row)
         for vmid, row in ctx.cluster.list_vms(fresh=True).items()
@@ -195,7 +201,7 @@ def find_attached_vms(ctx: Context, disk: Workspace) -> list[int]:
                     raise Kept(
                         "unknown", f"{disk.title}: whether VM {vmid} has it attached cannot be read: {error.message}"
                     ) from None
-                # That proves only that the VM is not on that node. It may be gone, or migrated.
+                # "does not exist" proves only that the VM is not on that node. The VM may be gone, or migrated.
                 again = ctx.cluster.list_vms(fresh=True).get(vmid)
                 if again is None or (disk.node is not None and again.get("node") != disk.node):
                     return None
@@ -217,7 +223,7 @@ def find_attached_vms(ctx: Context, disk: Workspace) -> list[int]:
 def require_full_sight(ctx: Context, disk: Workspace) -> None:
     """Raise Kept unless these credentials see every VM, because Proxmox VE silently attaches one volume to two VMs.
 
-    A role without VM.Audit on /vms, on /vms/N or on a pool hides VMs, whatever roles the paths above have.
+    A role without VM.Audit on /vms, on /vms/N or on a pool hides VMs, because it replaces the roles of the paths above.
     """
     if not ctx.cluster.sees_everything():
         raise Kept(
@@ -231,7 +237,7 @@ def require_full_sight(ctx: Context, disk: Workspace) -> None:
 def find_in_snapshots(ctx: Context, located: Located, disk: Workspace) -> list[str]:
     """Return the names of the VM's snapshots that contain the volume.
 
-    A rollback to one would roll the workspace back.
+    A rollback to such a snapshot would roll back the workspace as well.
     """
     return [
         name for name, config in _read_snapshots(ctx, located).items() if disk.volume in list_volumes(config).values()
@@ -239,8 +245,9 @@ def find_in_snapshots(ctx: Context, located: Located, disk: Workspace) -> list[s
 
 
 def _read_snapshots(ctx: Context, located: Located) -> dict[str, dict[str, Any]]:
-    # Always read the list of snapshots. The configuration names only the parent snapshot, and may name none although
-    # snapshots exist.
+    """Return the configuration of each snapshot of the VM, by the snapshot's name."""
+    # Always read the list of snapshots. The VM's configuration names only the parent snapshot, and may name none
+    # although snapshots exist.
     names = [
         str(row.get("name")) for row in ctx.client.get_list(f"{located.path}/snapshot") if row.get("name") != "current"
     ]
@@ -263,9 +270,10 @@ def find_slot(ctx: Context, sandbox: Sandbox, located: Located, disk: Workspace)
 
 
 def assign(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, ttl: int | None = None) -> Workspace:
-    """Assign the workspace to the sandbox in the records. From then on no other sandbox gets it.
+    """Assign the workspace to the sandbox in the records, and return its record. From now on no other sandbox gets it.
 
-    The caller holds the sandbox's claim.
+    ``claim`` is the claim on the sandbox. ``ttl``: the lease on the workspace in seconds; None: the sandbox's lease.
+    Raises WorkspaceRefused if the workspace is not free, or if the sandbox has another workspace.
     """
     if disk.sandbox_uuid == sandbox.uuid and disk.state in (store.ATTACHING, store.ATTACHED):
         return disk
@@ -312,9 +320,9 @@ def make_held_error(ctx: Context, disk: Workspace) -> WorkspaceRefused:
 
 
 def assign_to_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str | None) -> Workspace | None:
-    """Return the workspace of a sandbox being created, assigned from now on; None without one.
+    """Assign the workspace ``which`` to a sandbox that is being created, and return it; None without a workspace.
 
-    A workspace that an earlier, killed run assigned is returned as well.
+    If an earlier, killed run has assigned a workspace, that workspace is returned.
     """
     disk = open_records(ctx).find_of_sandbox(sandbox.uuid)
     if disk is None and which is not None:
@@ -323,7 +331,10 @@ def assign_to_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str 
 
 
 def check_usable(ctx: Context, disk: Workspace, node: str) -> None:
-    """Raise, before anything is created, if a new sandbox on that node could not have the workspace."""
+    """Raise WorkspaceRefused or Kept if a new sandbox on ``node`` could not have the workspace.
+
+    Called before anything is created.
+    """
     if disk.state != store.DETACHED:
         raise make_held_error(ctx, disk)
     check_node(disk, node)
@@ -331,6 +342,7 @@ def check_usable(ctx: Context, disk: Workspace, node: str) -> None:
 
 
 def check_node(disk: Workspace, node: str | None) -> None:
+    """Raise WorkspaceRefused if the workspace is on the local storage of another node."""
     if disk.node is not None and node != disk.node:
         raise WorkspaceRefused(
             f"{disk.title} is on node {disk.node} (storage {disk.storage!r} is local), and the sandbox is on "
@@ -339,7 +351,11 @@ def check_node(disk: Workspace, node: str | None) -> None:
 
 
 def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk: Workspace) -> Workspace:
-    """Attach the assigned volume to the VM, and prove it by reading the configuration back."""
+    """Attach the volume of an assigned workspace to the VM, and return the record.
+
+    Reading the configuration back proves the attachment. Raises WorkspaceRefused if the volume is missing, if another
+    VM has it, or if the VM did not take the disk; Kept if the VM changed meanwhile.
+    """
     if disk.state == store.ATTACHED:
         return disk
     check_node(disk, located.node)
@@ -387,8 +403,8 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
                 f"{sandbox.vmid} --delete {slot}; Proxmox VE removes only what the VM's own VMID owns), then attach it",
                 vmid=sandbox.vmid,
             )
-        # The disk is only pending for the next start, through this run or an earlier one. Revert that, so that no disk
-        # is half attached. Judge the VM again before this write as well.
+        # This run or an earlier one has left the disk pending for the next start. Revert that, so that no disk is half
+        # attached. Time has passed, so judge the VM again before this write.
         located = require_match(ctx, sandbox)
         write_with_digest(
             ctx, sandbox, located, lambda now: ctx.client.put(f"{now.path}/config", revert=slot, digest=now.digest)
@@ -437,9 +453,9 @@ def detach_volume(
 ) -> Workspace:
     """Detach the volume from a VM that was judged to be ours, and return the record.
 
-    Reading the configuration back proves the detachment, and reading the storage proves that the volume is unchanged.
+    Reading the configuration back proves the detachment, and reading the storage proves that the volume still exists.
     ``sure``: no attachment by a killed run can come later, because the caller writes the configuration next, guarded by
-    its digest.
+    its digest. Raises Kept if a snapshot contains the workspace, or if the volume cannot be detached safely.
     """
     refuse_snapshots(ctx, sandbox, located, disk)
     node = str(located.node)
@@ -511,8 +527,8 @@ def detach_volume(
 def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, slots: list[str]) -> NoReturn:
     """Revert a detachment that the running guest refused, and raise Kept.
 
-    Proxmox keeps the removal pending, and it would come true at the next start. So remove the pending entry. The VM
-    still has the workspace, so it becomes ATTACHED again.
+    Proxmox keeps the removal pending, and would carry it out at the next start. So remove the pending entry. The VM
+    still has the workspace, so the workspace becomes ATTACHED again.
     """
     located = require_match(ctx, sandbox)
     write_with_digest(
@@ -543,7 +559,7 @@ def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, 
 
 
 def _refuse_lost(ctx: Context, sandbox: Sandbox, disk: Workspace, node: str) -> None:
-    """Raise Kept when the volume of the sandbox's workspace is missing or hidden."""
+    """Raise Kept if the volume of the sandbox's workspace is missing or hidden."""
     if is_missing(ctx, disk, node):
         vmid = sandbox.vmid
         raise Kept(
@@ -556,7 +572,7 @@ def _refuse_lost(ctx: Context, sandbox: Sandbox, disk: Workspace, node: str) -> 
 
 
 def _await_release(ctx: Context, node: str, sandbox: Sandbox, disk: Workspace) -> None:
-    """Wait up to _UNPLUG_SECONDS for a running guest to release a disk. Raises Kept when it does not."""
+    """Wait up to _UNPLUG_SECONDS until a running guest has released the disk. Raises Kept if the guest keeps it."""
 
     def look() -> bool | None:
         return None if find_keys(read_drives(ctx, node, sandbox.vmid), disk.volume) else True
@@ -575,9 +591,10 @@ def _await_release(ctx: Context, node: str, sandbox: Sandbox, disk: Workspace) -
 
 
 def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
-    """Raise Kept when deleting the VM with its present configuration could delete a workspace's volume.
+    """Raise Kept if deleting the VM with its present configuration could delete the volume of a workspace.
 
-    Also when a missing workspace may be one of the VM's own disks. Returns whether a request was sent to Proxmox.
+    The volume of a missing workspace may be among the VM's own disks, which raises Kept as well. Returns whether a
+    request was sent to Proxmox.
     """
     live = open_records(ctx).find_all()
     config = located.config
@@ -593,7 +610,7 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
             disk = known.get(volume) or (serials.get(serial[1]) if serial else None)
             if disk is not None or (owner and first <= int(owner[1]) <= last):
                 title = disk.title if disk else "a workspace"
-                # No record of ours says that this VM has it, so none of our commands would take it off.
+                # No record says that this VM has the workspace. So our commands would not detach it: name Proxmox's.
                 advice = (
                     f"delete the snapshot: qm delsnapshot {sandbox.vmid} {where}"
                     if where
@@ -611,9 +628,9 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
 
 
 def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
-    """Raise Kept as refuse_listed would after the sandbox's own workspace has been detached.
+    """Raise Kept if refuse_listed would raise it after the sandbox's own workspace has been detached.
 
-    Called before the VM is stopped or a disk detached. Returns False when the records alone decided (no workspaces).
+    Called before the VM is stopped or a disk is detached. Returns False if the records alone decided (no workspaces).
     """
     own = open_records(ctx).find_of_sandbox(sandbox.uuid)
     if own is not None:
@@ -655,7 +672,7 @@ def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], d
 
 
 def free_workspace(ctx: Context, claim: Claim | None, sandbox: Sandbox) -> Workspace | None:
-    """Free the workspace of a sandbox whose VM is proven to be gone, and return its record; None without one.
+    """Free the workspace of a sandbox whose VM is proven to be gone. Returns its record; None without a workspace.
 
     The next attachment checks whether another VM has the volume.
     """
