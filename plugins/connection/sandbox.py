@@ -408,7 +408,7 @@ class Connection(ConnectionBase):
         display.vvv(f"FETCH {in_path} TO {out_path}", host=self._host)
         target = to_text(out_path, errors="surrogate_or_strict")
         # The file has no name yet, so nothing of it stays when Ansible ends this process in the middle of the copy.
-        with _as_ansible_errors(), _open_unnamed(os.path.dirname(os.path.abspath(target))) as file:
+        with _as_ansible_errors(), _open_unnamed(target) as file:
             files.fetch_file(context, sandbox, to_text(in_path, errors="surrogate_or_strict"), file)
             file.flush()
             _replace_file(target, file)
@@ -516,9 +516,20 @@ def _as_ansible_errors() -> Iterator[None]:
         raise AnsibleError(f"{error.filename or 'file'}: {error.strerror or error}; mend path or permissions") from None
 
 
-def _open_unnamed(folder: str) -> IO[bytes]:
-    """Return a new file without a name in a folder, open for reading and writing. Raises OSError."""
+def _is_special(path: str) -> bool:
+    """Return whether the path is a device, a pipe or a socket."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def _open_unnamed(target: str) -> IO[bytes]:
+    """Return a new file without a name, open for reading and writing, in the folder of ``target``.
+
+    For a device or a pipe the folder is that of temporary files: only root may make files in /dev. Raises OSError.
+    """
+    folder = None if _is_special(target) else os.path.dirname(os.path.realpath(target))
     try:
+        if folder is None:
+            return tempfile.TemporaryFile()
         # Not tempfile: it adds O_EXCL, and such a file can never get a name.
         return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600), "w+b")
     except (OSError, AttributeError):
@@ -529,20 +540,20 @@ def _open_unnamed(folder: str) -> IO[bytes]:
 def _replace_file(target: str, source: IO[bytes]) -> None:
     """Replace ``target`` by a file without a name, in one step. Write to a device or a pipe instead.
 
-    Raises OSError.
+    A link stays, and the file that it leads to is replaced. Raises OSError.
     """
-    if os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target):
+    if _is_special(target):
         source.seek(0)
         with os.fdopen(os.open(target, os.O_WRONLY), "wb") as special:
             shutil.copyfileobj(source, special)
         return
+    target = os.path.realpath(target)
     # The source is readable for its owner only. Give it the mode of the old file, or else of a new file by the umask.
     umask = os.umask(0o077)
     os.umask(umask)
     mode = os.stat(target).st_mode & 0o7777 if os.path.exists(target) else 0o666 & ~umask
     os.fchmod(source.fileno(), mode)
-    folder = os.path.dirname(os.path.abspath(target))
-    fresh = os.path.join(folder, f".agentlab-{secrets.token_hex(8)}")
+    fresh = os.path.join(os.path.dirname(target), f".agentlab-{secrets.token_hex(8)}")
     try:
         try:
             # The path is absolute, so src_dir_fd does not matter. But with it Python calls linkat with
@@ -551,7 +562,7 @@ def _replace_file(target: str, source: IO[bytes]) -> None:
         except (OSError, NotImplementedError):
             # Some file systems cannot give a name to a file without one. Then copy the file.
             source.seek(0)
-            with open(fresh, "xb") as copy:
+            with os.fdopen(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as copy:
                 shutil.copyfileobj(source, copy)
                 os.fchmod(copy.fileno(), mode)
         os.replace(fresh, target)

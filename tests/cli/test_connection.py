@@ -19,7 +19,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -239,6 +239,18 @@ def test_a_pipe_is_written_to_and_not_replaced(daemon: StandIn, tmp_path: Path) 
     assert os.listdir(tmp_path) == ["pipe"]
 
 
+def test_a_link_stays_and_the_file_that_it_leads_to_is_replaced(daemon: StandIn, tmp_path: Path) -> None:
+    """As root, a copy to /dev/stdout would put a file in the place of that link, for everybody."""
+    serve_file(daemon, b"new\n")
+    target, link = tmp_path / "folder" / "report", tmp_path / "link"
+    target.parent.mkdir()
+    target.write_bytes(b"old, and longer")
+    link.symlink_to(target)
+    copied = agentlab("sandbox", "cp", "1000:/srv/report", link, socket=daemon.path)
+    assert copied.returncode == 0, copied.stderr
+    assert link.is_symlink() and target.read_bytes() == b"new\n" and os.listdir(target.parent) == ["report"]
+
+
 def test_a_target_that_cannot_be_replaced_is_named(daemon: StandIn, tmp_path: Path) -> None:
     serve_file(daemon, b"new\n")
     (tmp_path / "report").mkdir()
@@ -259,6 +271,14 @@ def test_where_files_need_a_name_a_copy_has_a_hidden_one(
     def refuse(*_values: Any, **_named: Any) -> None:
         raise OSError(errno.EOPNOTSUPP, "not here")
 
+    modes = []
+    copy = shutil.copyfileobj
+
+    def note(source: IO[bytes], file: IO[bytes]) -> None:
+        modes.append(os.fstat(file.fileno()).st_mode & 0o777)
+        copy(source, file)
+
+    monkeypatch.setattr(shutil, "copyfileobj", note)
     if lacks == "names for them":
         monkeypatch.setattr(os, "link", refuse)
     else:
@@ -274,3 +294,5 @@ def test_where_files_need_a_name_a_copy_has_a_hidden_one(
         replacement.install(0o640)
     assert target.read_bytes() == b"new" and target.stat().st_mode & 0o7137 == 0
     assert os.listdir(tmp_path) == ["report"]
+    # Until it is complete, a copy is its owner's alone.
+    assert modes == ([0o600] if lacks == "names for them" else [])

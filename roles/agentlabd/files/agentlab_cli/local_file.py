@@ -30,12 +30,14 @@ class Replacement:
     """New content for ``target``. Use it as a context manager: what is not installed by its end is removed.
 
     Where the file system can (Linux: ext4, xfs, btrfs, tmpfs), the content is in a file without a name. So nothing of
-    it is left when this process is killed. A device, a pipe or a socket is written to, and never replaced.
+    it is left when this process is killed. A link stays, and the file that it leads to is replaced. A device or a pipe
+    is written to.
     """
 
     def __init__(self, target: str) -> None:
         self._target = target
-        self._folder = os.path.dirname(target) or "."
+        self._place = os.path.realpath(target)
+        self._folder = os.path.dirname(self._place)
         self._fresh = os.path.join(self._folder, f".agentlab-{os.urandom(8).hex()}")
         self._stack = contextlib.ExitStack()
         self._is_special = self._is_named = False
@@ -68,9 +70,13 @@ class Replacement:
             handle = os.open(self._folder, os.O_TMPFILE | os.O_RDWR, 0o600)
         except (OSError, AttributeError):
             # The file system, or the system (macOS), has no files without a name.
-            handle = os.open(self._fresh, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            handle = self._create_fresh()
             self._is_named = True
         self.file = self._stack.enter_context(os.fdopen(handle, "w+b"))
+
+    def _create_fresh(self) -> int:
+        """Create the hidden file beside the target, for its owner alone, and return its descriptor."""
+        return os.open(self._fresh, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
 
     def install(self, mode: int) -> None:
         """Put the content in the place of the target in one step, with the bits of ``mode`` that umask allows."""
@@ -83,7 +89,7 @@ class Replacement:
             os.fchmod(self.file.fileno(), mode & 0o777 & ~umask)
             if not self._is_named:
                 self._name_file(mode & 0o777 & ~umask)
-            os.replace(self._fresh, self._target)
+            os.replace(self._fresh, self._place)
 
     def _name_file(self, mode: int) -> None:
         """Give the file without a name the name of the fresh file; copy it where the file system cannot."""
@@ -96,7 +102,7 @@ class Replacement:
             os.link(f"/proc/self/fd/{number}", self._fresh, src_dir_fd=number, follow_symlinks=True)
         except (OSError, NotImplementedError):
             self.file.seek(0)
-            with open(self._fresh, "xb") as copy:
+            with os.fdopen(self._create_fresh(), "wb") as copy:
                 shutil.copyfileobj(self.file, copy)
                 os.fchmod(copy.fileno(), mode)
 
