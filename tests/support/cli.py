@@ -13,6 +13,7 @@ import json
 import os
 import pty
 import select
+import signal
 import socketserver
 import subprocess
 import sys
@@ -73,6 +74,8 @@ def start(*args: object, socket: str | Path | None = None) -> subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
         env=environment(socket, {"PYTHONUNBUFFERED": "1"}),
+        # Tests that run under nohup ignore SIGHUP, and a program started by them would too.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
 
 
