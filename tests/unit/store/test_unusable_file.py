@@ -125,6 +125,57 @@ def test_a_file_that_this_user_may_not_read_is_told_with_mode_and_owner(suffix: 
         store.db.close()
 
 
+@pytest.fixture
+def records_in_a_folder() -> Iterator[Path]:
+    """Return the path of records whose folder every user can reach."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "records" / "agentlab.db"
+        Database(str(path)).close()
+        yield path
+
+
+@contextlib.contextmanager
+def close_folder(folder: Path) -> Iterator[str]:
+    """Be a user who may not enter the folder. Gives what is told of that."""
+    owner = pwd.getpwuid(folder.stat().st_uid).pw_name
+    folder.chmod(0)
+    try:
+        with as_another_user(folder.parent):
+            yield f"this user may not enter {folder} (mode 0000, owner {owner}); run as {owner}, or mend its owner and"
+    finally:
+        folder.chmod(0o700)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_records_in_a_folder_that_this_user_may_not_enter_are_not_taken_for_missing(
+    records_in_a_folder: Path, dry_run: bool
+) -> None:
+    """Check mode would answer from empty records."""
+    path = records_in_a_folder
+    with close_folder(path.parent) as sentence, pytest.raises(StoreError) as caught:
+        Database(str(path), dry_run=dry_run)
+    assert f"database {path}: " in caught.value.message and sentence in caught.value.message, caught.value.message
+
+
+def test_a_folder_that_is_closed_under_a_running_process_is_told_and_not_taken_for_another_file(
+    records_in_a_folder: Path,
+) -> None:
+    database = Database(str(records_in_a_folder))
+
+    def write() -> None:
+        database.write(lambda conn: conn.execute("INSERT INTO meta VALUES ('a', 'b')") and None)
+
+    with close_folder(records_in_a_folder.parent) as sentence:
+        told = database.explain_replacement()
+        with pytest.raises(StoreError) as caught:
+            write()
+    assert told == caught.value.message and sentence in told and "nothing was written" in told, told
+    assert "moved or replaced" not in told
+    assert database.explain_replacement() is None
+    write()
+    database.close()
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -143,7 +143,7 @@ class Engine(Protocol):
         """
 
     def explain_replacement(self) -> str | None:
-        """Return the error text if the opened database was replaced by another; else None."""
+        """Return the error text if the opened database was replaced by another or cannot be reached; else None."""
 
     def has_lost_commits(self) -> bool:
         """Return whether the server lacks commits of this process that were confirmed, as after a failover to an

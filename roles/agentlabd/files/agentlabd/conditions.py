@@ -139,7 +139,7 @@ class Conditions:
                 "records",
                 FAILS,
                 replaced,
-                "systemctl stop agentlabd; put the right file in place; systemctl start agentlabd",
+                "systemctl stop agentlabd; mend what the message says; systemctl start agentlabd",
             )
             return
         waits = database.waits_since

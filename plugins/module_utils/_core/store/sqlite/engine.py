@@ -136,10 +136,19 @@ def _name_unwritable(path: str) -> str:
 
 
 def _why_unreadable(path: str) -> str | None:
-    """Return the message for a file (or its -wal, -shm) that this user may not read; None when all are readable."""
-    for name in (path, f"{path}-wal", f"{path}-shm"):
+    """Return the message for a file (or its -wal, -shm) that this user may not read, or a folder on the way to it that
+    this user may not enter; None when all are readable.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    folders = [folder]
+    while folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+        folders.insert(0, folder)
+    wanted = [(name, os.X_OK, "enter", "u+x") for name in folders]
+    wanted += [(name, os.R_OK, "read", "0600") for name in (path, f"{path}-wal", f"{path}-shm")]
+    for name, right, verb, mode in wanted:
         try:
-            if os.access(name, os.R_OK):
+            if os.access(name, right):
                 continue
             status = os.stat(name)
         except OSError:
@@ -149,8 +158,8 @@ def _why_unreadable(path: str) -> str | None:
         except KeyError:
             owner = str(status.st_uid)
         return (
-            f"this user may not read {name} (mode {stat.S_IMODE(status.st_mode):04o}, owner {owner}); run as {owner}, "
-            "or mend its owner and mode (chown, chmod 0600)"
+            f"this user may not {verb} {name} (mode {stat.S_IMODE(status.st_mode):04o}, owner {owner}); run as "
+            f"{owner}, or mend its owner and mode (chown, chmod {mode})"
         )
     return None
 
@@ -256,13 +265,14 @@ class Database(GroupCommit):
 
         Check mode reads the file directly. The first write switches to an in-memory copy.
         """
+        # A file in a folder that this user may not enter seems to be missing.
+        unreadable = _why_unreadable(self.path)
+        if unreadable:
+            raise StoreError(f"database {self.path}: {unreadable}", path=self.path)
         if not os.path.exists(self.path) or not os.path.getsize(self.path):
             memory = self._connect(":memory:")
             self._migrate(memory)
             return memory
-        unreadable = _why_unreadable(self.path)
-        if unreadable:
-            raise StoreError(f"database {self.path}: {unreadable}", path=self.path)
         source = sqlite3.connect(
             f"file:{_quote(self.path)}?mode=ro",
             uri=True,
@@ -381,7 +391,8 @@ class Database(GroupCommit):
     # ---- use ----
 
     def explain_replacement(self) -> str | None:
-        """Return the message for a file that was deleted, moved or replaced since it was opened; None otherwise.
+        """Return the message for a file that was deleted, moved or replaced since it was opened, or whose folder was
+        closed to this user; None otherwise.
 
         SQLite keeps using the file that it opened. A commit succeeds, but no process that opens the path can read it.
         """
@@ -390,6 +401,9 @@ class Database(GroupCommit):
         # Two calls of stat cost microseconds, far less than the sync of a commit.
         for path, opened in zip((self.path, f"{self.path}-wal"), self._opened, strict=True):
             if opened is not None and _read_file_identity(path) != opened:
+                closed = None if os.path.exists(path) else _why_unreadable(path)
+                if closed:
+                    return f"database {self.path}: {closed}; nothing was written, and nothing is until then"
                 return (
                     f"database {self.path}: {path} was deleted, moved or replaced while this process had it open; "
                     "nothing is written any more. End everything that uses the records, put the right file in place "
@@ -398,10 +412,10 @@ class Database(GroupCommit):
         return None
 
     def _refuse_replaced(self) -> None:
-        """Raise StoreError if the file was deleted, moved or replaced since it was opened."""
+        """Raise StoreError if the file was deleted, moved or replaced since it was opened, or cannot be reached."""
         sentence = self.explain_replacement()
         if sentence:
-            raise StoreError(sentence, path=self.path, replaced=True)
+            raise StoreError(sentence, path=self.path)
 
     @contextlib.contextmanager
     def _transact(self) -> Iterator[None]:
