@@ -33,7 +33,7 @@ def _records(path: str, count: int) -> tuple[Records, list[tuple[Any, Claim]]]:
     field.seed(_Nobody(), path, count, "RUNNING")  # type: ignore[arg-type]
     records = Records(Database(path), clock.SystemClock(), "benchmark")
     found = records.find_all()
-    claims = parallel.each(lambda one: records.claim(one.uuid, "stop"), found, 64)
+    claims = parallel.run_each(lambda one: records.claim(one.uuid, "stop"), found, 64)
     return records, list(zip(found, claims, strict=True))
 
 

@@ -20,7 +20,7 @@ from ansible.module_utils.common import validation
 from ._core import config as core_config
 from ._core import database_address, patterns
 from ._core.context import Context
-from ._core.errors import AgentlabError, InvalidInput, host_error
+from ._core.errors import AgentlabError, InvalidInput, make_host_error
 from ._core.escapes import escape_controls
 from ._core.model import Outcome, Sandbox
 
@@ -105,7 +105,7 @@ def run(
     except AgentlabError as error:
         failure = {"msg": error.explain(REMEDIES), "error": error.as_dict(REMEDIES), "changed": False, **_extra(error)}
     except Exception as error:  # the outermost edge: what we did not foresee is told without a trace
-        host_failure = host_error(error)
+        host_failure = make_host_error(error)
         kind = type(error).__name__
         text = (
             f"internal error: {kind}: {error}; nothing more was done. Please report this with the steps that led to it"
@@ -228,7 +228,7 @@ def explain_refusal(message: str, options: Mapping[str, Any]) -> str:
     if refusal is not None:
         option, text = refusal["option"], refusal["value"]
         place = _find_item(options, lambda item: isinstance(item, dict) and str(item.get(option)) == text)
-        return f"{place}: {option}: {patterns.shown(text)} is not valid. Valid: {refusal['valid']}"
+        return f"{place}: {option}: {patterns.show_value(text)} is not valid. Valid: {refusal['valid']}"
     refusal = _WRONG_TYPE.search(message)
     if refusal is None:
         return message
@@ -242,7 +242,7 @@ def explain_refusal(message: str, options: Mapping[str, Any]) -> str:
         option = f"{_find_item(options, lambda item: item in wrong)}: {option}"
     else:
         values = [options[option]] if option in options else []
-    value = f"{patterns.shown(values[0])}" if values else "the value"
+    value = f"{patterns.show_value(values[0])}" if values else "the value"
     problem = "is not a VMID" if refusal["option"] in ("vmid", "vmids") else "is not valid"
     return f"{option}: {value} {problem}. Valid: {valid}"
 
@@ -307,7 +307,9 @@ def states_of(module: AnsibleModule, valid: Sequence[str]) -> list[str] | None:
     for name in names:
         if name not in valid:
             raise InvalidInput(
-                f"states: {patterns.quoted(name)} is not valid. Valid: {', '.join(valid)}", option="states", value=name
+                f"states: {patterns.quote_value(name)} is not valid. Valid: {', '.join(valid)}",
+                option="states",
+                value=name,
             )
     return names
 

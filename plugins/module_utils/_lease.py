@@ -10,7 +10,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from . import _adapter
-from ._core.context import Context, failure
+from ._core.context import Context, make_failure
 from ._core.errors import AgentlabError
 from ._core.model import Outcome, Sandbox
 from ._core.sandboxes import lease
@@ -29,7 +29,7 @@ def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
                 context, sandbox, ttl, min_remaining=min_remaining, allow_shorten=params["allow_shorten"]
             )
         except AgentlabError as error:
-            return failure(sandbox, error)
+            return make_failure(sandbox, error)
 
     return _adapter.answer(
         [renew(sandbox) for sandbox in sandboxes], single=params.get("vmids") is None, diff=module._diff

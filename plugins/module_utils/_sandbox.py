@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ansible.module_utils.basic import AnsibleModule
 
 from . import _adapter
-from ._core.context import Context, failure
+from ._core.context import Context, make_failure
 from ._core.errors import AgentlabError, InvalidInput, NotFound
 from ._core.model import Outcome, Sandbox
 
@@ -54,7 +54,7 @@ def _catch_failure(work: Callable[[Sandbox], Outcome], sandbox: Sandbox) -> Outc
     try:
         return work(sandbox)
     except AgentlabError as error:
-        return failure(sandbox, error)
+        return make_failure(sandbox, error)
 
 
 def _create(module: AnsibleModule, context: Context, ids: list[dict[str, Any]]) -> list[Outcome]:
@@ -65,13 +65,15 @@ def _create(module: AnsibleModule, context: Context, ids: list[dict[str, Any]]) 
 
     params = module.params
     if params.get("items") is not None:
-        return context.each(lambda item: _create_item(context, *item), _check_items(context, params, params["items"]))
+        return context.run_each(
+            lambda item: _create_item(context, *item), _check_items(context, params, params["items"])
+        )
     several = params.get("vmids") is not None
     spec = wanted.make_spec(context, {**params, "vmid": None, "name": None if several else params.get("name")})
     if not several:
         ident = (ids or [{}])[0]
         return [_ensure(context, params, dataclasses.replace(spec, vmid=ident.get("vmid")))]
-    return context.each(
+    return context.run_each(
         lambda ident: _create_item(context, params, dataclasses.replace(spec, vmid=ident.get("vmid"))), ids
     )
 
@@ -189,4 +191,4 @@ def _change_power(
         # A guest that was started may have got another address.
         return address.add_address(context, outcome, started=True) if wait_for_ip and state == "started" else outcome
 
-    return context.each(lambda sandbox: _catch_failure(work, sandbox), sandboxes)
+    return context.run_each(lambda sandbox: _catch_failure(work, sandbox), sandboxes)

@@ -89,7 +89,7 @@ def _release_hold(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup
 
     # hold_leases also detects an older copy of the records, if no run has looked at them since the restore.
-    hold = timeguard.hold_leases(context) or timeguard.frozen(context)
+    hold = timeguard.hold_leases(context) or timeguard.read_freeze(context)
     if hold and not module.check_mode:
         cleanup.release(context)
     return bool(hold)

@@ -245,7 +245,7 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
     """One operation in a context of its own, as a module run has it; errors are told, and only a bug leaves a trace."""
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, host_error
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, make_host_error
 
     ctx = None
     try:
@@ -255,7 +255,7 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
         return {"ok": False, "code": error.code, "message": error.message}
     except Exception as error:
         # As the edges of modules and of the daemon do.
-        if known := host_error(error):
+        if known := make_host_error(error):
             return {"ok": False, "code": known.code, "message": known.message}
         return {"ok": False, "code": "trace", "message": traceback.format_exc()}
     finally:

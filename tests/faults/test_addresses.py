@@ -304,7 +304,7 @@ def test_a_verify_shows_the_address_of_now_and_writes_nothing(lab: Lab) -> None:
     seen = make_old(lab, made.vmid)
     before = lab.record(made)
     [shown] = lab.info()["sandboxes"]
-    assert shown["ip"] == "192.0.2.202" and shown["ip_seen_at"] > clock.iso(seen)
+    assert shown["ip"] == "192.0.2.202" and shown["ip_seen_at"] > clock.format_utc(seen)
     assert (
         shown["drift"]
         == f"the record has the address {made.ip}, the guest has 192.0.2.202; reconcile corrects the record"

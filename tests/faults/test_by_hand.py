@@ -425,7 +425,7 @@ def test_a_freeze_stops_the_rules_that_are_at_work(lab: Lab) -> None:
     )
 
     def freeze(method: str, _path: str) -> None:
-        if method == "DELETE" and not timeguard.frozen(lab.context()):
+        if method == "DELETE" and not timeguard.read_freeze(lab.context()):
             cleanup.freeze(lab.context(), "the operator saw it")
 
     lab.pve.before = freeze

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import reasons
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import failure
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import make_failure
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import ClaimLost, Kept, TaskFailed
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
@@ -43,7 +43,7 @@ def test_each_reason_is_kept_by_every_way_of_destroying(lab: Lab, reason: str) -
     prune.execute(ctx, [sandbox], report, allowed=refuse)
     assert [(item.outcome, item.reason, item.failed) for item in report.kept] == [("kept", reason, False)]
     assert not report.failed and not report.pruned
-    assert failure(sandbox, Kept(reason, "left alone")).outcome == "kept"
+    assert make_failure(sandbox, Kept(reason, "left alone")).outcome == "kept"
 
 
 def test_check_mode_and_the_run_call_a_protected_and_a_locked_sandbox_the_same(lab: Lab) -> None:
@@ -67,7 +67,7 @@ def test_check_mode_and_the_run_call_a_protected_and_a_locked_sandbox_the_same(l
 def test_what_failed_is_not_called_kept(lab: Lab) -> None:
     sandbox = lab.context().records.find_all()[0]
     for error in (ClaimLost("lost"), TaskFailed("the task failed")):
-        assert failure(sandbox, error).outcome == "failed"
+        assert make_failure(sandbox, error).outcome == "failed"
 
 
 def test_the_metrics_count_an_error_and_an_outcome_of_the_same_reason_alike() -> None:
@@ -75,7 +75,7 @@ def test_the_metrics_count_an_error_and_an_outcome_of_the_same_reason_alike() ->
 import importlib, json, pkgutil
 import agentlab_core
 from agentlab_core import reasons
-from agentlab_core.context import failure
+from agentlab_core.context import make_failure
 from agentlab_core.errors import AgentlabError, Kept
 from agentlab_core.model import Sandbox
 from agentlab_core.store.schema import VERSION
@@ -104,7 +104,7 @@ for reason, error in errors.items():
     metrics.count_refusal("destroy", error)
     counted = [sample.labels["result"] for family in metrics.operations.collect() for sample in family.samples
                if sample.name.endswith("_total") and sample.value]
-    outcome = failure(sandbox, error)
+    outcome = make_failure(sandbox, error)
     rows[reason] = [outcome.outcome, classify_outcome(outcome), counted, get_status(reason), reason in reasons.KEPT]
 print(json.dumps(rows))
 """

@@ -309,7 +309,7 @@ def test_a_request_that_is_refused_leaves_nothing_unfinished(lab: Lab, operation
 def test_several_starts_at_once_start_the_vm_once(lab: Lab) -> None:
     vmid = sandbox(lab, "RUNNING", STOPPED)
     ctx: Any = lab.context()
-    done = ctx.each(lambda _n: lab.power("start", vmid, claim_timeout="20s"), [1, 2, 3])
+    done = ctx.run_each(lambda _n: lab.power("start", vmid, claim_timeout="20s"), [1, 2, 3])
     assert sorted(one.outcome for one in done) == ["started", "unchanged", "unchanged"]
     assert len([line for line in lab.pve.touched(vmid) if line.startswith("POST")]) == 1
 

@@ -67,7 +67,7 @@ def test_the_look_of_another_host_takes_nothing_from_this_hosts_pause(
     here = holders.describe_process()
     with monkeypatch.context() as other:
         other.setattr(timeguard, "read_host_name", lambda: "other/1")
-        other.setattr(timeguard, "process_identity", lambda: here.replace('"boot": "', '"boot": "other'))
+        other.setattr(timeguard, "describe_process", lambda: here.replace('"boot": "', '"boot": "other'))
         lab.clock.jump(-86400)
         assert not lab.expire().expired
         lab.clock.jump(86400)
@@ -221,7 +221,7 @@ def test_rebooted_host_whose_clock_is_behind_rests_for_a_while(lab: Lab, monkeyp
     lab.expire()
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import timeguard
 
-    monkeypatch.setattr(timeguard, "process_identity", lambda: '{"boot": "another"}')
+    monkeypatch.setattr(timeguard, "describe_process", lambda: '{"boot": "another"}')
     lab.clock.boot = 10.0
     lab.clock.jump(-86400)
     assert "behind the time of the last run" in (lab.expire().suspended or "")
@@ -245,7 +245,7 @@ def test_a_reboot_does_not_end_the_pause_after_a_jump(lab: Lab, monkeypatch: pyt
     assert lab.expire().suspended
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import timeguard
 
-    monkeypatch.setattr(timeguard, "process_identity", lambda: '{"boot": "another"}')
+    monkeypatch.setattr(timeguard, "describe_process", lambda: '{"boot": "another"}')
     lab.clock.pass_time(30)
     lab.clock.boot = 10.0
     for _look in range(2):

@@ -266,7 +266,7 @@ def test_a_message_that_the_code_does_not_say_is_found_out(invented: str) -> Non
 def test_refusals_are_quoted_to_the_letter() -> None:
     code = (
         "import json; from agentlab_core import states; from agentlabd.http.answers import REMEDIES; "
-        "print(json.dumps([states.refuse(operation, state).explain(REMEDIES) for operation in states.OPERATIONS "
+        "print(json.dumps([states.make_conflict(operation, state).explain(REMEDIES) for operation in states.OPERATIONS "
         "for state in states.STATES]))"
     )
     said = set(in_daemon(code))

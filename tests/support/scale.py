@@ -87,7 +87,7 @@ def fill_records(database: str, destroyed: int, folder: Path) -> Context:
 
     ctx.database.write(work)
     # Notes the clocks, as the first tick does.
-    timeguard.suspended(ctx)
+    timeguard.explain_pause(ctx)
     return ctx
 
 
@@ -97,7 +97,7 @@ WORK: dict[str, Callable[[Context], object]] = {
     "a run of the cleanup rules": lambda ctx: cleanup.run(ctx, POLICY),
     "planning a prune": lambda ctx: prune.select(ctx, prune.Selection(older_than=86400)),
     "what was interrupted": lambda ctx: (ctx.records.list_unfinished(), overview.drop_dead_claims(ctx.records)),
-    "whether cleanup is frozen": timeguard.frozen,
+    "whether cleanup is frozen": timeguard.read_freeze,
     "a list": lambda ctx: [sandbox.public() for sandbox in info.find(ctx, info.Filter())],
     "a list of one state": lambda ctx: info.find(ctx, info.Filter(states=["TIMEOUT"])),
     "one sandbox": lambda ctx: ctx.select(1500),

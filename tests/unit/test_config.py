@@ -380,7 +380,7 @@ def test_a_file_without_a_certificate_is_refused_by_name(tmp_path: Path, content
 
 def test_an_empty_name_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"node: '' is not valid\. Valid: .*; leave the option out"):
-        patterns.match("node", "", patterns.WORD)
+        patterns.check_value("node", "", patterns.WORD)
 
 
 # ---- where the records are ----

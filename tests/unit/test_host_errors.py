@@ -10,7 +10,7 @@ import errno
 import os
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import host_error
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import make_host_error
 
 
 @pytest.mark.parametrize(
@@ -27,11 +27,11 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     ],
 )
 def test_what_the_host_refuses_has_a_sentence(error: Exception, sentence: str) -> None:
-    known = host_error(error)
+    known = make_host_error(error)
     assert known and known.message.startswith(sentence) and known.message.endswith("; nothing more was done"), known
     assert "run again" in known.message and known.code == "host"
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOENT, os.strerror(errno.ENOENT)), ValueError("x"), OSError("x")])
 def test_other_errors_stay_what_they_are(error: Exception) -> None:
-    assert host_error(error) is None
+    assert make_host_error(error) is None

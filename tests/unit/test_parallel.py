@@ -18,16 +18,16 @@ def test_the_answers_are_in_the_order_of_the_items() -> None:
         time.sleep(0.001 * (number % 3))
         return number * 2
 
-    assert parallel.each(work, list(range(100)), 8) == list(range(0, 200, 2))
-    assert parallel.each(work, [], 8) == []
+    assert parallel.run_each(work, list(range(100)), 8) == list(range(0, 200, 2))
+    assert parallel.run_each(work, [], 8) == []
 
 
 def test_as_many_run_at_a_time_as_asked_and_a_single_item_needs_no_thread() -> None:
     together = threading.Barrier(4)
     # Each waits for three others: fewer workers would never end.
-    assert set(parallel.each(lambda _number: together.wait(10), list(range(8)), 4)) == {0, 1, 2, 3}
-    assert len(set(parallel.each(lambda _number: threading.get_ident(), list(range(50)), 3))) <= 3
-    assert parallel.each(lambda _number: threading.current_thread(), [1], 4) == [threading.current_thread()]
+    assert set(parallel.run_each(lambda _number: together.wait(10), list(range(8)), 4)) == {0, 1, 2, 3}
+    assert len(set(parallel.run_each(lambda _number: threading.get_ident(), list(range(50)), 3))) <= 3
+    assert parallel.run_each(lambda _number: threading.current_thread(), [1], 4) == [threading.current_thread()]
 
 
 def test_the_first_error_is_raised_when_what_was_under_way_has_ended_and_nothing_more_is_begun() -> None:
@@ -44,5 +44,5 @@ def test_the_first_error_is_raised_when_what_was_under_way_has_ended_and_nothing
         raise ValueError(number)
 
     with pytest.raises(ValueError, match="0"):
-        parallel.each(work, list(range(100)), 2)
+        parallel.run_each(work, list(range(100)), 2)
     assert sorted(begun) == [0, 1] == sorted(ended)

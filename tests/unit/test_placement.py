@@ -317,7 +317,7 @@ def test_missing_figures_are_told() -> None:
 
 def test_no_node_fits_names_each() -> None:
     decision = decide([node("a", 3), replace(B, online=False)], {}, Load(), WISH, Rules())
-    assert decision.why_none() == (
+    assert decision.explain_none() == (
         "a: 3072 MiB of its memory are free beyond what is used and promised, and the sandbox needs 4096 MiB; "
         "b: it is offline"
     )
@@ -325,7 +325,7 @@ def test_no_node_fits_names_each() -> None:
 
 def test_a_node_that_promised_more_than_it_has_shows_no_negative_room() -> None:
     load = Load(reservations=tuple(Reservation(number, "a", 8 * GIB) for number in range(3)))
-    assert decide([A], {}, load, WISH, Rules()).why_none().startswith("a: 0 MiB of its memory are free")
+    assert decide([A], {}, load, WISH, Rules()).explain_none().startswith("a: 0 MiB of its memory are free")
 
 
 def test_the_page_explains_each_reason() -> None:

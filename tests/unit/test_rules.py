@@ -72,9 +72,9 @@ def test_the_first_match_wins_and_what_matches_none_is_kept(state: str) -> None:
         "PROVISIONING": "stuck",
         "BOOTING": "stuck",
     }
-    found = policy.rule_for(sandbox(state))
+    found = policy.find_rule(sandbox(state))
     assert (found.name if found else None) == names.get(state)
-    kept = policy.rule_for(sandbox(state, "web", "debug"))
+    kept = policy.find_rule(sandbox(state, "web", "debug"))
     assert kept is not None and kept.name == "debug"
 
 
@@ -86,13 +86,13 @@ def test_all_that_is_given_must_fit_and_any_one_of_a_list() -> None:
         ),
         "f",
     )
-    assert policy.rule_for(sandbox("FAILED", "web", profile="small"))
+    assert policy.find_rule(sandbox("FAILED", "web", profile="small"))
     for other in (
         sandbox("STOPPED", "web", profile="small"),
         sandbox("FAILED", "db", profile="small"),
         sandbox("FAILED", "web", profile="big"),
     ):
-        assert policy.rule_for(other) is None
+        assert policy.find_rule(other) is None
 
 
 def test_what_is_left_out_and_what_is_not_there(tmp_path: Path) -> None:

@@ -58,12 +58,12 @@ def test_a_state_follows_only_as_the_table_says(current: str, target: str) -> No
 def test_an_operation_is_allowed_satisfied_or_refused_by_the_state(operation: str, state: str) -> None:
     allowed, satisfied = (part.split() for part in OPERATIONS[operation])
     if state in allowed:
-        assert states.check(operation, state) is True
+        assert states.check_operation(operation, state) is True
     elif state in satisfied:
-        assert states.check(operation, state) is False
+        assert states.check_operation(operation, state) is False
     else:
         with pytest.raises(StateConflict) as caught:
-            states.check(operation, state)
+            states.check_operation(operation, state)
         message = caught.value.explain(_adapter.REMEDIES)
         assert f" in {state} state. Valid states: {', '.join(allowed + satisfied)}" in message
         assert message.endswith("Use force=true to bypass") == (operation == "destroy")
@@ -72,7 +72,7 @@ def test_an_operation_is_allowed_satisfied_or_refused_by_the_state(operation: st
 
 @pytest.mark.parametrize("state", ALL)
 def test_force_acts_in_every_live_state(state: str) -> None:
-    assert states.check("force_destroy", state) is (state != "DESTROYED")
+    assert states.check_operation("force_destroy", state) is (state != "DESTROYED")
 
 
 @pytest.mark.parametrize("state", ALL)
@@ -120,4 +120,4 @@ def test_an_operation_leads_only_where_the_transitions_allow(state: str) -> None
     ],
 )
 def test_a_refusal_names_state_and_valid_states_to_the_letter(operation: str, state: str, message: str) -> None:
-    assert states.refuse(operation, state).explain(_adapter.REMEDIES) == message
+    assert states.make_conflict(operation, state).explain(_adapter.REMEDIES) == message

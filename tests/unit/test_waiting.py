@@ -48,13 +48,13 @@ def after(looks: int, clock: Stopwatch, took: float = 0.0) -> Callable[[], str |
 
 def test_a_result_at_once_costs_no_pause() -> None:
     clock = Stopwatch()
-    assert waiting.until(clock, 60, after(0, clock)) == "there"
+    assert waiting.wait_for_result(clock, 60, after(0, clock)) == "there"
     assert clock.pauses == []
 
 
 def test_pauses_grow_up_to_the_longest() -> None:
     clock = Stopwatch()
-    assert waiting.until(clock, 60, after(6, clock), pause=1.0, longest=3.0) == "there"
+    assert waiting.wait_for_result(clock, 60, after(6, clock), pause=1.0, longest=3.0) == "there"
     assert clock.pauses == [1.0, 1.5, 2.25, 3.0, 3.0, 3.0]
 
 
@@ -62,23 +62,23 @@ def test_a_false_result_is_a_result() -> None:
     """An empty list of errors is an answer; only None means: not yet."""
     clock = Stopwatch()
     empty: list[str] = []
-    assert waiting.until(clock, 60, lambda: empty) is empty
+    assert waiting.wait_for_result(clock, 60, lambda: empty) is empty
 
 
 def test_the_wait_ends_when_the_time_is_over() -> None:
     clock = Stopwatch()
-    assert waiting.until(clock, 10, after(999, clock), pause=1.0, longest=1.0) is None
+    assert waiting.wait_for_result(clock, 10, after(999, clock), pause=1.0, longest=1.0) is None
     assert 10 < clock.time - 1000 <= 12
 
 
 def test_no_time_is_still_a_look() -> None:
     clock = Stopwatch()
-    assert waiting.until(clock, 0, after(1, clock)) == "there"
+    assert waiting.wait_for_result(clock, 0, after(1, clock)) == "there"
 
 
 def test_a_slow_look_does_not_end_the_wait() -> None:
     clock = Stopwatch()
-    assert waiting.until(clock, 10, after(1, clock, took=30.0)) == "there"
+    assert waiting.wait_for_result(clock, 10, after(1, clock, took=30.0)) == "there"
 
 
 def test_an_error_ends_the_wait() -> None:
@@ -88,5 +88,5 @@ def test_an_error_ends_the_wait() -> None:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        waiting.until(clock, 60, look)
+        waiting.wait_for_result(clock, 60, look)
     assert clock.pauses == []

@@ -268,7 +268,7 @@ def test_what_is_no_list_of_texts_is_refused_and_not_guessed() -> None:
     for value in ('[["ci"]]', '[{"ci": 1}]', "[" * 5000 + "]" * 5000):
         with pytest.raises(InvalidInput):
             for tag in patterns.split_tags(value):
-                patterns.match("tags", tag, patterns.TAG)
+                patterns.check_value("tags", tag, patterns.TAG)
 
 
 @pytest.mark.parametrize(

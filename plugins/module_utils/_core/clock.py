@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Time as the core sees it. Wall time for leases and ages, a monotonic clock for waiting, never one for the other."""
+"""The clocks of the core: wall time for leases and ages, monotonic time for waiting. Neither replaces the other."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Port to time, so that tests can move it."""
+    """The interface of a clock. Tests have an implementation that they can move."""
 
     def now(self) -> int:
-        """Wall time in whole seconds since the epoch (UTC)."""
+        """Return the wall time in whole seconds since the epoch (UTC)."""
 
     def monotonic(self) -> float:
-        """Seconds that never go back; for time-outs."""
+        """Return seconds that never go back, for timeouts."""
 
     def since_boot(self) -> float:
-        """Seconds since boot, sleep included: what the wall clock is checked against."""
+        """Return the seconds since boot, sleep included. A jump of the wall clock is detected by them."""
 
     def sleep(self, seconds: float) -> None:
-        """Pause this thread."""
+        """Pause this thread for so many seconds."""
 
 
 class SystemClock:
-    """The real one."""
+    """The clocks of this host."""
 
     def now(self) -> int:
         return int(time.time())
@@ -37,17 +37,17 @@ class SystemClock:
         return time.monotonic()
 
     def since_boot(self) -> float:
-        # CLOCK_BOOTTIME goes on while the host sleeps, CLOCK_MONOTONIC does not: waking up late is no clock jump.
+        # CLOCK_BOOTTIME goes on while the host sleeps, CLOCK_MONOTONIC does not. So sleep is no clock jump.
         return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
 
-# A list that is asked for again and again has the same times each time, four a sandbox.
+# Repeated lists of sandboxes have the same times, four for each sandbox.
 @functools.lru_cache(4096)
-def iso(seconds: int | None) -> str | None:
-    """``2026-01-30T02:45:00Z``, or None."""
+def format_utc(seconds: int | None) -> str | None:
+    """Return seconds since the epoch as ``2026-01-30T02:45:00Z``; None for None."""
     if seconds is None:
         return None
     return f"{datetime.fromtimestamp(int(seconds), UTC).isoformat()[:19]}Z"

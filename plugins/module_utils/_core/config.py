@@ -87,10 +87,10 @@ DEFAULTS: dict[str, Any] = {
     "reconcile_interval": "15m",
     "stop_timeout": "60s",
 }
-# Of these the daemon takes a change only when it is started anew.
+# The daemon reads these keys only at its start; a reload does not change them.
 FIXED = ("database", "database_password", "database_group_access", "socket", "listen", "metrics_listen")
 SECRETS = ("api_password", "api_token_secret", "database_password")
-# Keys whose value is a text: what YAML read as something else (012345, yes) is refused in the file, and not guessed.
+# Keys whose value is a text. If YAML reads another type (012345 is a number, yes is a boolean), the file is refused.
 TEXTS = (
     "api_host",
     "api_user",
@@ -113,7 +113,7 @@ TEXTS = (
 
 @dataclass(slots=True)
 class ProxmoxSettings:
-    """How to reach Proxmox. Secrets are kept out of repr()."""
+    """The address of Proxmox VE, the credentials and the limits. repr() shows no secret."""
 
     api_host: str | None = None
     api_port: int = 8006
@@ -127,9 +127,9 @@ class ProxmoxSettings:
     ca_path: str | None = None
     api_timeout: int = 30
     connections: int = 16
-    # Of these to one node at most; None: as many as there are.
+    # The limit of these connections for one node; None: no limit of its own.
     node_connections: int | None = None
-    # Seconds a task may take: pvesh answers only when the task it started has ended.
+    # Seconds that a task may take: pvesh answers only when the task that it started has ended.
     task_timeout: int = 600
 
     @property
@@ -185,7 +185,7 @@ class ProxmoxSettings:
                 option="api_host",
             )
         if "!" in self.api_user:
-            # What follows may be the secret as well: nothing of the value is shown.
+            # The text after the '!' may be the secret, so the message shows no part of the value.
             raise InvalidInput(
                 "api_user: the value has a '!'. Valid: user@realm, such as root@pam; the token belongs into "
                 "api_token_id (user@realm!name) and api_token_secret",
@@ -210,33 +210,29 @@ class ProxmoxSettings:
 
 
 def refuse_special_file(option: str, path: str) -> None:
-    """Raise InvalidInput for a FIFO, a socket or a device: opening it would wait for ever, or reading it would have
-    no end.
-    """
+    """Raise InvalidInput for a FIFO, a socket or a device: opening or reading it may never end."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise InvalidInput(f"{option}: {path!r} is not a regular file; give a file", option=option, value=path)
 
 
 def is_missing(option: str, path: str) -> bool:
-    """Return True for a file that may be missing, and is.
+    """Return whether an optional file is missing.
 
-    ConfigError for a link that leads nowhere: somebody meant a file.
+    Raises ConfigError for a link to a missing file: somebody meant the link to lead to a file.
     """
     if os.path.exists(path):
         return False
     if os.path.islink(path):
         raise ConfigError(
-            f"{option}: {path} is a link to {os.readlink(path)}, which cannot be followed; mount or create what it "
-            "leads to, or remove the link",
+            f"{option}: {path} is a link to {os.readlink(path)}, which cannot be followed; mount or create its "
+            "target, or remove the link",
             file=path,
         )
     return True
 
 
 def _check_certificates(path: str) -> None:
-    """Raise InvalidInput for a file without a certificate: the TLS library would only say that the connection
-    failed.
-    """
+    """Raise InvalidInput for a file without a certificate. The TLS library would only report a failed connection."""
     import ssl
 
     try:
@@ -258,10 +254,10 @@ def _check_certificates(path: str) -> None:
 
 @dataclass(slots=True)
 class Config:
-    """Everything a run needs to know besides its own options; durations are seconds."""
+    """The configuration of a run. Durations are in seconds."""
 
     proxmox: ProxmoxSettings
-    # A path, or a PostgreSQL URI without its password: it may be shown.
+    # A path, or a PostgreSQL URI without its password. Messages may show it.
     database: str
     database_group_access: bool
     vmid_range: tuple[int, int]
@@ -269,7 +265,7 @@ class Config:
     template: str | None
     pool: str | None
     storage: str | None
-    # How "auto" chooses a node.
+    # The rules by which node "auto" is chosen.
     placement: PlacementRules
     default_ttl: int
     max_ttl: int
@@ -281,7 +277,7 @@ class Config:
     clock_jump_pause: int
     absent_guard: int
     workers: int
-    # Seconds between two looks at the running tasks of a node, at the least.
+    # The shortest time between two requests for the running tasks of a node, in seconds.
     poll_interval: float
     profiles_dir: str
     workspace_owner_range: tuple[int, int]
@@ -291,7 +287,7 @@ class Config:
     listen: tuple[str, int] | None
     listen_token_file: str | None
     metrics_listen: tuple[str, int] | None
-    # What a client of the daemon may name itself; None: whatever the credentials may use.
+    # The values that a client of the daemon may choose; None: every value that the credentials may use.
     api_vmid_range_only: bool
     api_templates: tuple[str, ...] | None
     api_pools: tuple[str, ...] | None
@@ -299,25 +295,25 @@ class Config:
     expire_interval: int
     reconcile_interval: int
     stop_timeout: int
-    # The file that was read, if any, and whether it holds a secret (which then is in the hands of whoever may read it).
+    # The file that was read, if any, and whether it contains a secret: then its mode matters (the doctor checks that).
     config_file: str | None = None
     secret_in_file: bool = False
-    # Of a PostgreSQL database: from the option, or from the URI.
+    # The password for PostgreSQL, from the option or from the URI.
     database_password: str | None = field(default=None, repr=False)
 
     def parse_ttl(self, value: object, option: str = "ttl") -> int:
-        """Seconds of a lease; refused over the configured maximum."""
+        """Return the seconds of a lease. Raises InvalidInput for a value over the configured maximum."""
         limit = self.max_ttl if self.max_lifetime is None else max(self.max_ttl, self.max_lifetime)
         return durations.parse(value, option, maximum=limit)
 
 
 def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
-    """Merge options, environment and file; refuses by name what cannot be used."""
+    """Merge options, environment and file. Raises InvalidInput with the name of the option that cannot be used."""
     from_environment = environment.get(ENVIRONMENT["config_file"])
     named_file = options.get("config_file") or from_environment
     path = named_file or CONFIG_FILE
     if named_file and named_file == from_environment and is_missing("config_file", str(path)):
-        # Plugins of Ansible take the variable as their option, so the option may come from there, too.
+        # Ansible's plugins set the option from this variable, so the option and the variable may be equal.
         raise ConfigError(
             f"config_file: {path} does not exist. The environment variable {ENVIRONMENT['config_file']} names it; "
             f"correct the variable, or unset it for {CONFIG_FILE}",
@@ -325,7 +321,7 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         )
     from_file = read_file(str(path)) if named_file or not is_missing("config_file", str(path)) else {}
 
-    def value(name: str) -> Any:
+    def read_value(name: str) -> Any:
         for source_value in (
             options.get(name),
             environment.get(ENVIRONMENT.get(name, ""), None) or None,
@@ -335,27 +331,32 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
                 return source_value
         return DEFAULTS[name]
 
-    connections = _integer("connections", value("connections"), 1, 256)
-    to_node = value("node_connections")
-    api_host, api_port, api_path = api_address(value("api_host"), _integer("api_port", value("api_port"), 1, 65535))
+    connections = _read_integer("connections", read_value("connections"), 1, 256)
+    to_node = read_value("node_connections")
+    api_host, api_port, api_path = parse_api_address(
+        read_value("api_host"), _read_integer("api_port", read_value("api_port"), 1, 65535)
+    )
     proxmox = ProxmoxSettings(
         api_host=api_host,
         api_port=api_port,
         api_path=api_path,
-        api_user=str(_credential("api_user", value("api_user"))),
-        api_password=_credential("api_password", value("api_password")),
-        api_token_id=_credential("api_token_id", value("api_token_id")),
-        api_token_secret=_credential("api_token_secret", value("api_token_secret")),
-        validate_certs=_boolean("validate_certs", value("validate_certs")),
-        ca_path=_read_text("ca_path", value("ca_path")),
-        api_timeout=_integer("api_timeout", value("api_timeout"), 1, 3600),
+        api_user=str(_read_credential("api_user", read_value("api_user"))),
+        api_password=_read_credential("api_password", read_value("api_password")),
+        api_token_id=_read_credential("api_token_id", read_value("api_token_id")),
+        api_token_secret=_read_credential("api_token_secret", read_value("api_token_secret")),
+        validate_certs=_read_boolean("validate_certs", read_value("validate_certs")),
+        ca_path=_read_text("ca_path", read_value("ca_path")),
+        api_timeout=_read_integer("api_timeout", read_value("api_timeout"), 1, 3600),
         connections=connections,
-        node_connections=None if to_node is None else _integer("node_connections", to_node, 1, 256),
-        task_timeout=_seconds("wait_timeout", value("wait_timeout")),
+        node_connections=None if to_node is None else _read_integer("node_connections", to_node, 1, 256),
+        task_timeout=_read_seconds("wait_timeout", read_value("wait_timeout")),
     )
-    address = database_address.parse(str(value("database")))
-    lifetime = value("max_lifetime")
-    vmids, owners = vmid_range(value("vmid_range")), vmid_range(value("workspace_owner_range"), "workspace_owner_range")
+    address = database_address.parse(str(read_value("database")))
+    lifetime = read_value("max_lifetime")
+    vmids, owners = (
+        parse_vmid_range(read_value("vmid_range")),
+        parse_vmid_range(read_value("workspace_owner_range"), "workspace_owner_range"),
+    )
     if vmids[0] <= owners[1] and owners[0] <= vmids[1]:
         raise InvalidInput(
             f"workspace_owner_range: {owners[0]}-{owners[1]} overlaps vmid_range ({vmids[0]}-{vmids[1]}). Proxmox VE "
@@ -365,40 +366,40 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     return Config(
         proxmox=proxmox,
         database=address.text,
-        database_password=_credential("database_password", value("database_password")) or address.password,
-        database_group_access=_boolean("database_group_access", value("database_group_access")),
+        database_password=_read_credential("database_password", read_value("database_password")) or address.password,
+        database_group_access=_read_boolean("database_group_access", read_value("database_group_access")),
         vmid_range=vmids,
         workspace_owner_range=owners,
-        node=_word("node", value("node"), patterns.WORD),
-        template=_word("template", value("template"), patterns.WORD),
-        pool=_word("pool", value("pool"), patterns.POOL),
-        storage=_word("storage", value("storage"), patterns.WORD),
-        placement=_placement_rules(value("placement")),
-        default_ttl=durations.parse(value("default_ttl"), "default_ttl"),
-        max_ttl=durations.parse(value("max_ttl"), "max_ttl"),
+        node=_read_word("node", read_value("node"), patterns.WORD),
+        template=_read_word("template", read_value("template"), patterns.WORD),
+        pool=_read_word("pool", read_value("pool"), patterns.POOL),
+        storage=_read_word("storage", read_value("storage"), patterns.WORD),
+        placement=_read_placement_rules(read_value("placement")),
+        default_ttl=durations.parse(read_value("default_ttl"), "default_ttl"),
+        max_ttl=durations.parse(read_value("max_ttl"), "max_ttl"),
         max_lifetime=None if lifetime is None else durations.parse(lifetime, "max_lifetime"),
-        claim_timeout=_seconds("claim_timeout", value("claim_timeout")),
-        wait_timeout=_seconds("wait_timeout", value("wait_timeout")),
-        shutdown_timeout=_seconds("shutdown_timeout", value("shutdown_timeout")),
-        doubt_window=_seconds("doubt_window", value("doubt_window")),
-        clock_jump_pause=_seconds("clock_jump_pause", value("clock_jump_pause")),
-        absent_guard=_integer("absent_guard", value("absent_guard"), 1, 100),
+        claim_timeout=_read_seconds("claim_timeout", read_value("claim_timeout")),
+        wait_timeout=_read_seconds("wait_timeout", read_value("wait_timeout")),
+        shutdown_timeout=_read_seconds("shutdown_timeout", read_value("shutdown_timeout")),
+        doubt_window=_read_seconds("doubt_window", read_value("doubt_window")),
+        clock_jump_pause=_read_seconds("clock_jump_pause", read_value("clock_jump_pause")),
+        absent_guard=_read_integer("absent_guard", read_value("absent_guard"), 1, 100),
         workers=connections,
-        poll_interval=_fraction("poll_interval", value("poll_interval"), 0.01, 60.0),
-        profiles_dir=str(value("profiles_dir")),
-        snippets_storage=str(_word("snippets_storage", value("snippets_storage"), patterns.WORD)),
-        snippets_dir=str(value("snippets_dir")),
-        socket=str(value("socket")),
-        listen=loopback("listen", value("listen")),
-        listen_token_file=_read_text("listen_token_file", value("listen_token_file")),
-        metrics_listen=loopback("metrics_listen", value("metrics_listen")),
-        api_vmid_range_only=_boolean("api_vmid_range_only", value("api_vmid_range_only")),
-        api_templates=_read_names("api_templates", value("api_templates"), patterns.WORD),
-        api_pools=_read_names("api_pools", value("api_pools"), patterns.POOL),
-        cleanup_file=str(value("cleanup_file")),
-        expire_interval=_seconds("expire_interval", value("expire_interval"), zero=False),
-        reconcile_interval=_seconds("reconcile_interval", value("reconcile_interval"), zero=False),
-        stop_timeout=_seconds("stop_timeout", value("stop_timeout")),
+        poll_interval=_read_fraction("poll_interval", read_value("poll_interval"), 0.01, 60.0),
+        profiles_dir=str(read_value("profiles_dir")),
+        snippets_storage=str(_read_word("snippets_storage", read_value("snippets_storage"), patterns.WORD)),
+        snippets_dir=str(read_value("snippets_dir")),
+        socket=str(read_value("socket")),
+        listen=parse_loopback("listen", read_value("listen")),
+        listen_token_file=_read_text("listen_token_file", read_value("listen_token_file")),
+        metrics_listen=parse_loopback("metrics_listen", read_value("metrics_listen")),
+        api_vmid_range_only=_read_boolean("api_vmid_range_only", read_value("api_vmid_range_only")),
+        api_templates=_read_names("api_templates", read_value("api_templates"), patterns.WORD),
+        api_pools=_read_names("api_pools", read_value("api_pools"), patterns.POOL),
+        cleanup_file=str(read_value("cleanup_file")),
+        expire_interval=_read_seconds("expire_interval", read_value("expire_interval"), zero=False),
+        reconcile_interval=_read_seconds("reconcile_interval", read_value("reconcile_interval"), zero=False),
+        stop_timeout=_read_seconds("stop_timeout", read_value("stop_timeout")),
         config_file=str(path) if from_file else None,
         secret_in_file=any(from_file.get(name) for name in SECRETS)
         or bool(from_file.get("database") and database_address.parse(str(from_file["database"])).password),
@@ -423,7 +424,7 @@ def read_yaml(path: str, where: str) -> Any:
     except UnicodeDecodeError:
         raise ConfigError(f"{where} is not valid YAML (not UTF-8); nothing of it was used", file=path) from None
     except safe_yaml.Refused as error:
-        # Only the place, never the line itself: it may hold a secret.
+        # The message has the place in the file and never the line, which may contain a secret.
         raise ConfigError(f"{where} {error.reason}{error.place}; nothing of it was used", file=path) from None
 
 
@@ -443,14 +444,14 @@ def read_file(path: str) -> dict[str, Any]:
     unknown = [key for key in keys if key not in DEFAULTS]
     if unknown:
         raise ConfigError(
-            f"config_file: {path} has the unknown key {safe_yaml.shown(unknown[0])}. Valid: {', '.join(DEFAULTS)} "
+            f"config_file: {path} has the unknown key {safe_yaml.show_key(unknown[0])}. Valid: {', '.join(DEFAULTS)} "
             f"(line {keys.lines[unknown[0]]})",
             file=path,
         )
     for key in TEXTS:
-        if safe_yaml.misread(keys.get(key), keys.written.get(key)):
+        if safe_yaml.is_misread(keys.get(key), keys.written.get(key)):
             # A password 012345 would be sent as 5349.
-            shown = "that value" if key in SECRETS else patterns.quoted(keys.written[key])
+            shown = "that value" if key in SECRETS else patterns.quote_value(keys.written[key])
             raise ConfigError(
                 f"config_file: {path}: {key}: YAML reads {shown} as something else than a text (line "
                 f"{keys.lines[key]}); put it in quotes",
@@ -459,66 +460,68 @@ def read_file(path: str) -> dict[str, Any]:
     return dict(keys)
 
 
-def _placement_rules(value: Any) -> PlacementRules:
+def _read_placement_rules(value: Any) -> PlacementRules:
     """Return the mapping ``placement`` as rules; InvalidInput names the key, its value and what is valid."""
     if value is None:
         return PlacementRules()
     valid = ", ".join(PlacementRules.__dataclass_fields__)
     if not isinstance(value, Mapping):
         raise InvalidInput(
-            f"placement: {patterns.quoted(value)} is not valid. Valid: a mapping of {valid}", option="placement"
+            f"placement: {patterns.quote_value(value)} is not valid. Valid: a mapping of {valid}", option="placement"
         )
     for key in value:
         if key not in PlacementRules.__dataclass_fields__:
-            raise InvalidInput(f"placement: {patterns.quoted(key)} is no key of it. Valid: {valid}", option="placement")
+            raise InvalidInput(
+                f"placement: {patterns.quote_value(key)} is no key of it. Valid: {valid}", option="placement"
+            )
     rules = {key: item for key, item in value.items() if item is not None}
     for key, choices in (("strategy", STRATEGIES), ("anti_affinity", AFFINITIES)):
         if key in rules and rules[key] not in choices:
             raise InvalidInput(
-                f"placement.{key}: {patterns.quoted(rules[key])} is not valid. Valid: {', '.join(choices)}",
+                f"placement.{key}: {patterns.quote_value(rules[key])} is not valid. Valid: {', '.join(choices)}",
                 option=f"placement.{key}",
             )
     if "nodes" in rules:
         rules["nodes"] = frozenset(_read_names("placement.nodes", rules["nodes"], patterns.WORD) or ())
     for key in ("prefer", "avoid"):
         if key in rules:
-            rules[key] = _preferences(f"placement.{key}", rules[key])
+            rules[key] = _read_preferences(f"placement.{key}", rules[key])
     if "max_per_node" in rules:
-        rules["max_per_node"] = _integer("placement.max_per_node", rules["max_per_node"], 1, 100000)
+        rules["max_per_node"] = _read_integer("placement.max_per_node", rules["max_per_node"], 1, 100000)
     if "settle" in rules:
-        rules["settle"] = _seconds("placement.settle", rules["settle"])
+        rules["settle"] = _read_seconds("placement.settle", rules["settle"])
     if "reserve" in rules:
-        rules["reserve"] = _integer("placement.reserve", rules["reserve"], 0, 99)
+        rules["reserve"] = _read_integer("placement.reserve", rules["reserve"], 0, 99)
     return PlacementRules(**rules)
 
 
-def _preferences(name: str, value: Any) -> tuple[Preference, ...]:
+def _read_preferences(name: str, value: Any) -> tuple[Preference, ...]:
     """Return a list of ``{tag: T, nodes: [N]}`` and ``{profile: P, nodes: [N]}``."""
     preferences = []
     for item in value if isinstance(value, list) else [value]:
         keys = set(item) if isinstance(item, Mapping) else set()
         if keys not in ({"tag", "nodes"}, {"profile", "nodes"}):
             raise InvalidInput(
-                f"{name}: {patterns.quoted(item)} is not valid. Valid: a list of mappings, each with nodes and either "
-                "tag or profile, such as {tag: gpu, nodes: [pve3]}",
+                f"{name}: {patterns.quote_value(item)} is not valid. Valid: a list of mappings, each with nodes and "
+                "either tag or profile, such as {tag: gpu, nodes: [pve3]}",
                 option=name,
             )
         kind = "tag" if "tag" in keys else "profile"
         written = item[kind].lower() if kind == "tag" and isinstance(item[kind], str) else item[kind]
-        word = _word(f"{name}.{kind}", written, patterns.TAG if kind == "tag" else patterns.WORD)
+        word = _read_word(f"{name}.{kind}", written, patterns.TAG if kind == "tag" else patterns.WORD)
         nodes = _read_names(f"{name}.nodes", item["nodes"], patterns.WORD)
         if not word or not nodes:
             raise InvalidInput(
-                f"{name}: {patterns.quoted(dict(item))} names no {kind if not word else 'node'}. Valid: a {kind} and "
-                "at least one node",
+                f"{name}: {patterns.quote_value(dict(item))} names no {kind if not word else 'node'}. Valid: a {kind} "
+                "and at least one node",
                 option=name,
             )
         preferences.append(Preference(kind, word, frozenset(nodes)))
     return tuple(preferences)
 
 
-def vmid_range(value: object, name: str = "vmid_range") -> tuple[int, int]:
-    """``1000-1999`` as two numbers."""
+def parse_vmid_range(value: object, name: str = "vmid_range") -> tuple[int, int]:
+    """Return the first and last VMID of a range such as ``1000-1999``. Raises InvalidInput by the name ``name``."""
     low, high = patterns.MIN_VMID, patterns.MAX_VMID
     first, last = (patterns.read_whole(part) for part in (str(value).partition("-")[::2]))
     if first is None or last is None or not low <= first <= last <= high:
@@ -531,18 +534,17 @@ def vmid_range(value: object, name: str = "vmid_range") -> tuple[int, int]:
     return first, last
 
 
-def api_address(value: object, port: int) -> tuple[str | None, int, str]:
-    """Return host, port and path of the API as people write them: ``pve1``, ``pve1:8006``,
-    ``https://pve1:8006/prefix``.
+def parse_api_address(value: object, port: int) -> tuple[str | None, int, str]:
+    """Return host, port and path of ``pve1``, ``pve1:8006`` or ``https://pve1:8006/prefix``.
 
-    ``port`` is api_port. Raises InvalidInput for what is no address, and for two ports that contradict each other.
+    ``port`` is api_port. Raises InvalidInput for a value that is no address, and for two ports that contradict.
     """
     if value is None:
         return None, port, ""
     text = str(value).strip()
 
-    def refuse(why: str) -> InvalidInput:
-        # What stands before an @ may be a password.
+    def make_error(why: str) -> InvalidInput:
+        # The text before an @ may be a password.
         shown = repr(text[:100]) if "@" not in text else "the value"
         return InvalidInput(
             f"api_host: {shown} {why}. Valid: a host name or address such as pve1.example.net or 192.0.2.1, or "
@@ -552,12 +554,12 @@ def api_address(value: object, port: int) -> tuple[str | None, int, str]:
 
     scheme, separator, after_scheme = text.partition("://")
     if separator and scheme.lower() != "https":
-        raise refuse("does not begin with https://, and Proxmox VE answers to nothing else")
+        raise make_error("does not begin with https://, and Proxmox VE answers to nothing else")
     # A URL copied from the browser names a view of the web interface after a #.
     host, _slash, path = (after_scheme if separator else text).partition("#")[0].partition("/")
     path = re.sub(r"(^|/)api2(/json)?$", "", path.strip("/"))
     if not re.fullmatch(r"[\w.~/-]*", path, re.ASCII):
-        raise refuse("has a path that is no path of an API")
+        raise make_error("has a path that is no path of an API")
     bracketed = re.fullmatch(r"\[([0-9A-Fa-f:.%\w]+)\](?::(\d+))?", host, re.ASCII)
     plain = re.fullmatch(r"([\w.-]+)(?::(\d+))?", host)
     if bracketed or plain:
@@ -565,11 +567,11 @@ def api_address(value: object, port: int) -> tuple[str | None, int, str]:
     elif _is_ipv6(host):
         own_port = None
     else:
-        raise refuse("is no host name or address")
+        raise make_error("is no host name or address")
     if own_port is not None:
-        own = _integer("api_host", own_port, 1, 65535)
+        own = _read_integer("api_host", own_port, 1, 65535)
         if port not in (own, DEFAULTS["api_port"]):
-            raise refuse(f"names port {own}, but api_port is {port}; leave one of them out")
+            raise make_error(f"names port {own}, but api_port is {port}; leave one of them out")
         port = own
     return host, port, f"/{path}" if path else ""
 
@@ -581,8 +583,8 @@ def _is_ipv6(text: str) -> bool:
         return False
 
 
-def _credential(name: str, value: Any) -> str | None:
-    """Return a user, token or password as text; the value is never part of a message."""
+def _read_credential(name: str, value: Any) -> str | None:
+    """Return a user, token or password as text. No message quotes the value."""
     if value is None:
         return None
     if not isinstance(value, str):
@@ -633,9 +635,9 @@ def _read_text(name: str, value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _word(name: str, value: Any, word: patterns.Word) -> str | None:
+def _read_word(name: str, value: Any, word: patterns.Word) -> str | None:
     value = value.strip() if isinstance(value, str) else value
-    patterns.match(name, value, word)
+    patterns.check_value(name, value, word)
     return _read_text(name, value)
 
 
@@ -644,14 +646,14 @@ def _read_names(name: str, value: Any, word: patterns.Word) -> tuple[str, ...] |
     if value is None:
         return None
     if isinstance(value, (dict, bool)):
-        raise InvalidInput(f"{name}: {patterns.quoted(value)} is not valid. Valid: a list of names", option=name)
+        raise InvalidInput(f"{name}: {patterns.quote_value(value)} is not valid. Valid: a list of names", option=name)
     names = patterns.split_words(value)
     for text in names:
-        patterns.match(name, text, word)
+        patterns.check_value(name, text, word)
     return tuple(names)
 
 
-def _integer(name: str, value: Any, low: int, high: int) -> int:
+def _read_integer(name: str, value: Any, low: int, high: int) -> int:
     number = patterns.read_whole(value)
     if number is None or not low <= number <= high:
         text = str(value).strip()[:80]
@@ -662,7 +664,7 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
     return number
 
 
-def _fraction(name: str, value: Any, low: float, high: float) -> float:
+def _read_fraction(name: str, value: Any, low: float, high: float) -> float:
     text = str(value).strip()
     try:
         number = -1.0 if isinstance(value, bool) else float(text)
@@ -675,7 +677,7 @@ def _fraction(name: str, value: Any, low: float, high: float) -> float:
     return number
 
 
-def _boolean(name: str, value: Any) -> bool:
+def _read_boolean(name: str, value: Any) -> bool:
     text = str(value).strip().lower()
     if text in ("true", "yes", "on", "1"):
         return True
@@ -684,8 +686,8 @@ def _boolean(name: str, value: Any) -> bool:
     raise InvalidInput(f"{name}: {text!r} is not valid. Valid: true or false", option=name, value=text)
 
 
-def loopback(name: str, value: Any) -> tuple[str, int] | None:
-    """``127.0.0.1:8080`` or ``[::1]:8080`` as address and port; any other address than loopback is refused."""
+def parse_loopback(name: str, value: Any) -> tuple[str, int] | None:
+    """Return address and port of ``127.0.0.1:8080`` or ``[::1]:8080``. Raises InvalidInput for other addresses."""
     if value is None:
         return None
     import ipaddress
@@ -707,9 +709,8 @@ def loopback(name: str, value: Any) -> tuple[str, int] | None:
     return str(local), int(port)
 
 
-def _seconds(name: str, value: Any, *, zero: bool = True) -> int:
-    # These are times of waiting: a bare number is seconds here, as everywhere in Ansible; only leases and ages count in
-    # minutes.
+def _read_seconds(name: str, value: Any, *, zero: bool = True) -> int:
+    # A bare number of a timeout is seconds, as everywhere in Ansible. Only leases and ages are minutes.
     text = str(value).strip()
     if not isinstance(value, bool) and text.isascii() and text.isdecimal():
         value = f"{text}s"

@@ -1,10 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What every operation stands on: configuration, records, Proxmox, time, and who is acting.
-
-Plus the claim around an operation.
-"""
+"""The context of an operation: configuration, records, Proxmox VE, clock and actor, and the claim on a sandbox."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ B = TypeVar("B")
 class Context:
     """One run.
 
-    Nothing is connected or read until it is used, so a run that the database alone answers asks Proxmox nothing.
+    The connection to Proxmox VE is made at the first request. A run that the database alone answers makes none.
     """
 
     def __init__(
@@ -74,23 +71,23 @@ class Context:
         self._lock = threading.RLock()
         self._reach: tuple[ProxmoxClient, TaskWaiter] | None = None
         self._cluster: Cluster | None = None
-        self._read_once: dict[Any, Any] = {}
+        self._once_answers: dict[Any, Any] = {}
         self._once_lock = threading.RLock()
         if parent is None and not dry_run:
             freeze.detect_older_copy(self.records)
 
     # ---- Proxmox, from the first use on ----
 
-    def _reached(self) -> tuple[ProxmoxClient, TaskWaiter]:
+    def _reach_proxmox(self) -> tuple[ProxmoxClient, TaskWaiter]:
         parent = self._parent
         if parent is not None and (parent.config.proxmox, parent.config.poll_interval) == (
             self.config.proxmox,
             self.config.poll_interval,
         ):
-            return parent._reached()
+            return parent._reach_proxmox()
         with self._lock:
             if self._reach is None:
-                # Here, and not above: most of what a module has to load is what talks to Proxmox.
+                # Import here: the client is most of the code of a module, and many runs do not need it.
                 from .proxmox.client import ProxmoxClient
                 from .proxmox.tasks import TaskWaiter
 
@@ -102,17 +99,17 @@ class Context:
 
     @property
     def client(self) -> ProxmoxClient:
-        """Requests to Proxmox."""
-        return self._reached()[0]
+        """Return the client for requests to Proxmox VE."""
+        return self._reach_proxmox()[0]
 
     @property
     def tasks(self) -> TaskWaiter:
-        """Waiting for Proxmox's tasks."""
-        return self._reached()[1]
+        """Return the waiter for Proxmox VE's tasks."""
+        return self._reach_proxmox()[1]
 
     @property
     def cluster(self) -> Cluster:
-        """Return what this run has read of the cluster."""
+        """Return the data of the cluster, which is read once in this run."""
         with self._lock:
             if self._cluster is None:
                 from .proxmox.cluster import Cluster
@@ -120,14 +117,15 @@ class Context:
                 self._cluster = Cluster(self.client, self.clock, self.records)
             return self._cluster
 
-    def once(self, key: Any, read: Callable[[], B]) -> B:
-        """Return what ``read`` answers, asked once in this run: for what its items share and nobody changes
-        meanwhile (a template, the storages of a node).
+    def read_once(self, key: Any, read: Callable[[], B]) -> B:
+        """Return the result of ``read``, which is called once in this run for each ``key``.
+
+        For data that the items of a run share and that does not change meanwhile: a template, the storages of a node.
         """
         with self._once_lock:
-            if key not in self._read_once:
-                self._read_once[key] = read()
-            answer: B = self._read_once[key]
+            if key not in self._once_answers:
+                self._once_answers[key] = read()
+            answer: B = self._once_answers[key]
             return answer
 
     def derive(self, *, actor: str, dry_run: bool = False, config: Config | None = None) -> Context:
@@ -145,9 +143,9 @@ class Context:
         )
 
     def refresh(self) -> None:
-        """Forget what was read of Proxmox."""
+        """Forget the data that was read from Proxmox VE."""
         self._cluster = None
-        self._read_once.clear()
+        self._once_answers.clear()
 
     def close(self) -> None:
         if self._owner:
@@ -180,12 +178,13 @@ class Context:
     # ---- claiming ----
 
     @contextlib.contextmanager
-    def claimed(
+    def claim_sandbox(
         self, sandbox: Sandbox, operation: str, *, wait: float | None = None
     ) -> Iterator[tuple[Claim, Sandbox]]:
-        """Hold the claim on a sandbox and give its record as it is now.
+        """Hold the claim on a sandbox, and yield the claim and the current record.
 
-        A destroy that was cut off after its delete was decided bars every other operation.
+        ``wait``: seconds to wait for the claim (claim_timeout if None). Raises Busy after that, and Kept if a destroy
+        was interrupted after its delete was decided: then only a destroy may go on.
         """
         claim = self.records.claim(sandbox.uuid, operation, wait=self.config.claim_timeout if wait is None else wait)
         try:
@@ -196,7 +195,7 @@ class Context:
             self.records.release(claim)
 
     def run_alone(self, job: str) -> contextlib.AbstractContextManager[None]:
-        """Keep other controllers from running the same pass (reconcile, cleanup) meanwhile. A dry run waits for none.
+        """Lock a pass (reconcile, cleanup) against other controllers. A dry run takes no lock.
 
         Raises Busy after claim_timeout.
         """
@@ -206,13 +205,13 @@ class Context:
 
     # ---- bulk ----
 
-    def each(self, work: Callable[[A], B], items: list[A]) -> list[B]:
-        """Run several at once, as many as there are connections; the answers in the order of the items."""
-        return parallel.each(work, items, self.config.workers)
+    def run_each(self, work: Callable[[A], B], items: list[A]) -> list[B]:
+        """Return the results of ``work`` in the order of the items, with as many threads as there are connections."""
+        return parallel.run_each(work, items, self.config.workers)
 
 
 def refuse_cut_off(claim: Claim, sandbox: Sandbox) -> None:
-    """Raise Kept while an interrupted destroy is unfinished: another operation would replace its journal entry."""
+    """Raise Kept if an interrupted destroy is unfinished: another operation would replace its journal entry."""
     if claim.interrupted is not None and claim.interrupted.kind == "destroy":
         raise Kept(
             "busy",
@@ -221,10 +220,10 @@ def refuse_cut_off(claim: Claim, sandbox: Sandbox) -> None:
         )
 
 
-def failure(sandbox: Sandbox, error: AgentlabError, **values: Any) -> Outcome:
-    """Return the outcome of an item that was not done: reason, message, and the state of the sandbox.
+def make_failure(sandbox: Sandbox, error: AgentlabError, **values: Any) -> Outcome:
+    """Return the outcome of an item whose work raised the error: reason, message, and the state of the sandbox.
 
-    The outcome is ``kept`` for a reason of the table in reasons.py, and ``failed`` for any other.
+    The outcome is ``kept`` for a reason in the table of reasons.py, else ``failed``.
     """
     reason = error.reason if isinstance(error, Kept) else error.code
     upid = error.detail.get("upid")

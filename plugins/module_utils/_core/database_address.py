@@ -77,7 +77,7 @@ class Address:
 
 
 def parse(value: str) -> Address:
-    """Return the address for a value of ``database``; InvalidInput for a URI that is not PostgreSQL's."""
+    """Return the address for a value of ``database``. Raises InvalidInput for a URI that is not PostgreSQL's."""
     text = value.strip()
     ours = _OURS.match(text)
     if ours:
@@ -101,10 +101,10 @@ def parse(value: str) -> Address:
 
 
 def find_passwords(value: str) -> set[str]:
-    """Return what may be a password in a value of ``database``, as written and decoded, also where ``parse`` refuses
-    it.
+    """Return the texts that may be passwords in a value of ``database``, as written and decoded.
 
-    Ansible shows the options of a module with high verbosity, so the caller masks these texts before anything else.
+    The value may be one that ``parse`` refuses. Ansible shows the options of a module with high verbosity, so the
+    caller masks these texts before anything else.
     """
     written = re.findall(r"://[^:/?@]*:(.+)@", value) + re.findall(r"password\s*=\s*([^&\s]+)", value, re.I)
     if "@" not in value:

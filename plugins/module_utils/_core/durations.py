@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Durations as people write them: minutes as a number, or ``90s``, ``30m``, ``2h``, ``1.5h``, ``7d``, ``1d12h``."""
+"""Read and write durations: minutes as a number, or ``90s``, ``30m``, ``2h``, ``1.5h``, ``7d``, ``1d12h``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 from .errors import InvalidInput
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-# A number with a fraction, as Go's durations have it: upstream's command line sends 1.5h, .5h and 5.h.
+# A number with a fraction, in the forms of Go's durations: upstream's command line sends 1.5h, .5h and 5.h.
 _NUMBER = r"(\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})"
 _WHOLE = re.compile(rf"(?:{_NUMBER}d)?(?:{_NUMBER}h)?(?:{_NUMBER}m)?(?:{_NUMBER}s)?(?:{_NUMBER}ms)?", re.ASCII)
 _MINUTES = re.compile(r"\d{1,9}", re.ASCII)
@@ -28,8 +28,8 @@ def parse(value: object, option: str, *, maximum: int | None = None, zero: bool 
     seconds. A fraction needs its unit: 1.5 alone may mean minutes or hours.
     """
     text = str(value).strip()
-    # "4 h" and "1 d 12 h" mean what they say; two numbers with a blank between them do not. A page of the web may have
-    # a no-break space there.
+    # "4 h" and "1 d 12 h" are durations; two numbers with a blank between them are not. Text that was copied from a web
+    # page may have a no-break space as the blank.
     compact = re.sub(r"(?<=[\d.])[^\S\r\n]+(?=[dhms])|(?<=[dhms])[^\S\r\n]+(?=[\d.])", "", text)
     if isinstance(value, (bool, float)) and not (isinstance(value, float) and value.is_integer()):
         raise InvalidInput(f"{option}: {text!r} is not a duration. Valid: {valid}", option=option, value=text)
@@ -42,8 +42,8 @@ def parse(value: object, option: str, *, maximum: int | None = None, zero: bool 
         if not text or match is None:
             raise InvalidInput(f"{option}: {text!r} is not a duration. Valid: {valid}", option=option, value=text)
         *parts, milliseconds = match.groups()
-        nanoseconds = sum(_nano(part) * size for part, size in zip(parts, _UNITS.values(), strict=True))
-        nanoseconds += _nano(milliseconds) // 1000
+        nanoseconds = sum(_parse_nanoseconds(part) * size for part, size in zip(parts, _UNITS.values(), strict=True))
+        nanoseconds += _parse_nanoseconds(milliseconds) // 1000
         seconds = -(-nanoseconds // _NANOSECONDS)
     if seconds == 0 and not zero:
         raise InvalidInput(f"{option}: {text!r} is zero. Valid: more than zero, {valid}", option=option, value=text)
@@ -53,7 +53,7 @@ def parse(value: object, option: str, *, maximum: int | None = None, zero: bool 
     return seconds
 
 
-def _nano(number: str | None) -> int:
+def _parse_nanoseconds(number: str | None) -> int:
     """Return a decimal number times 10**9, without the error of a float; 0 for None."""
     whole, _dot, fraction = (number or "").partition(".")
     return int(whole or 0) * _NANOSECONDS + int(fraction.ljust(9, "0") or 0)

@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What can go wrong, as types. The adapters turn these into answers; the core never exits and never prints."""
+"""The types of errors. The adapters turn an error into an answer; the core never exits and never prints."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from .escapes import escape_controls
 
-# What a user can do about an error, by name. The core names a remedy; each interface says it in its own words
-# (modules: _adapter.REMEDIES, the API and the command line: REMEDIES in agentlabd/http/answers.py).
+# The remedies for errors, by name. The core names a remedy; each interface has its own sentence for it (modules:
+# _adapter.REMEDIES, the API and the command line: REMEDIES in agentlabd/http/answers.py).
 REMEDIES: dict[str, str] = {
     "force": "bypass the state rule of a destroy",
     "remove": "destroy the sandbox by force, which gives it up",
@@ -34,7 +34,7 @@ def add_remedy(message: str, remedy: str | None, words: Mapping[str, str] | None
 
 
 class Advice(NamedTuple):
-    """A warning, and the name of what the user can do about it."""
+    """A warning, and the name of a remedy."""
 
     message: str
     remedy: str | None = None
@@ -48,22 +48,22 @@ class AgentlabError(Exception):
     code = "error"
 
     def __init__(self, message: str, **detail: Any) -> None:
-        # A message may quote the name of a VM or a path: it is shown on terminals, and must not move their cursor.
+        # A message may quote the name of a VM or a path. On a terminal its control characters must have no effect.
         self.message = escape_controls(message)
         super().__init__(self.message)
         self.detail = detail
 
     @property
     def remedy(self) -> str | None:
-        """Return the name of what the user can do about the error, or None."""
+        """Return the name of a remedy for the error, or None."""
         return self.detail.get("remedy")
 
     def explain(self, words: Mapping[str, str]) -> str:
-        """Return the message for one interface, whose words for remedies these are."""
+        """Return the message for one interface. ``words`` are its sentences for the remedies."""
         return add_remedy(self.message, self.remedy, words)
 
     def as_dict(self, words: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """Return code, message and facts; the message in the words of one interface where they are given."""
+        """Return code, message and facts. ``words`` are the interface's sentences for the remedies."""
         facts = {name: value for name, value in self.detail.items() if value is not None}
         return {"code": self.code, "message": add_remedy(self.message, self.remedy, words), **facts}
 
@@ -99,19 +99,19 @@ class Busy(AgentlabError):
 
 
 class Stopping(AgentlabError):
-    """This process is about to end: nothing new is begun; what was not begun is as it was."""
+    """This process is about to end, and begins no further work."""
 
     code = "stopping"
 
 
 class ClaimLost(AgentlabError):
-    """Our claim ran out or was taken over: whatever we were about to do is not ours to do any more."""
+    """Our claim expired or another run took it over, so this run must not change the sandbox any more."""
 
     code = "claim_lost"
 
 
 class GuardTripped(AgentlabError):
-    """A limit on how much may be destroyed in one run was exceeded; nothing was destroyed."""
+    """A run would destroy more sandboxes than its limit allows; nothing was destroyed."""
 
     code = "guard"
 
@@ -133,13 +133,13 @@ class Kept(AgentlabError):
 
 
 class CreationFailed(AgentlabError):
-    """A sandbox could not be created; what was made for it has been cleaned up as far as the message says."""
+    """A sandbox could not be created. The message tells whether a part of it is left."""
 
     code = "creation_failed"
 
 
 class HostError(AgentlabError):
-    """This host has none left of what every program needs: descriptors, threads, memory, or room on its disk."""
+    """This host has no descriptors, threads, memory or room on its disk left."""
 
     code = "host"
 
@@ -156,11 +156,11 @@ _HOST_PROBLEMS = {
 }
 
 
-def host_error(error: BaseException) -> HostError | None:
-    """Return an error with a sentence for what this host refuses; None for any other error.
+def make_host_error(error: BaseException) -> HostError | None:
+    """Return a HostError if the error is a lack of this host's resources, else None.
 
-    The edges of each program ask it before they call an error an internal one. Python loads modules when they are
-    needed, so that an import, too, may meet the end of the descriptors.
+    Each program calls this before it reports an error as an internal one. Python imports some modules late, so an
+    import, too, may lack a descriptor.
     """
     number, path = None, None
     if isinstance(error, OSError):
@@ -175,7 +175,7 @@ def host_error(error: BaseException) -> HostError | None:
     return HostError(f"{f'{path}: ' if path else ''}{problem}, then run again; nothing more was done")
 
 
-def out_of_descriptors(error: BaseException | None = None) -> bool:
+def is_out_of_descriptors(error: BaseException | None = None) -> bool:
     """Return True when this process or system has no file descriptor left.
 
     A resolver without descriptors reports an unknown host, so the error alone does not tell: try to open one.
@@ -199,15 +199,15 @@ class StoreError(AgentlabError):
 
 
 class StoreUnavailable(StoreError):
-    """The server of the records does not answer now; nothing was begun, and what was begun is finished later."""
+    """The server of the records does not answer now. No work is begun, and begun work is finished later."""
 
     code = "store_unavailable"
 
     @classmethod
     def of(cls, database: str, cause: str, advice: str | None = None, *, answers: bool = False) -> StoreUnavailable:
-        """Return the error of a controller, which goes on by itself once the server serves it again.
+        """Return the error of a controller, which goes on by itself once the server accepts it again.
 
-        ``advice``: the next step of a cause that is known. ``answers``: the server is there, and refuses.
+        ``advice``: the next step if the cause is known. ``answers``: the server answers, and refuses.
         """
         advice = advice or "look at the server and the network"
         verb = "refuses" if answers else "cannot be reached"
@@ -220,8 +220,8 @@ class StoreUnavailable(StoreError):
             verb=verb,
         )
 
-    def told_once(self, fate: str) -> str:
-        """Return the message for a command that runs once: no controller goes on, so only ``fate`` is told."""
+    def explain_once(self, fate: str) -> str:
+        """Return the message for a command that runs once and is not repeated. ``fate``: the state that it leaves."""
         advice = str(self.detail.get("advice"))
         return (
             f"database {self.detail.get('path')}: {self.detail.get('verb')}: {self.detail.get('cause')}; {fate}. "
@@ -230,10 +230,7 @@ class StoreUnavailable(StoreError):
 
 
 class DamagedRecord(StoreError):
-    """One value in the records cannot be what it should be.
-
-    ``detail`` names table, row and column; the row is left alone.
-    """
+    """One value in the records is not valid. ``detail`` names table, row and column; the row is left alone."""
 
     def __init__(self, table: str, row: str, column: str, valid: str) -> None:
         super().__init__(
@@ -247,7 +244,7 @@ class DamagedRecord(StoreError):
 
 
 class RecordChanged(StoreError):
-    """A compare-and-set found another state or generation than the one it was computed from."""
+    """The record has another state or generation than the one that the write was computed from (compare-and-set)."""
 
     code = "changed"
 
@@ -256,13 +253,13 @@ class RecordChanged(StoreError):
 
 
 class ProxmoxError(AgentlabError):
-    """Base of what Proxmox answers or fails to answer."""
+    """Base of the errors of Proxmox VE: an error in its answer, or no answer."""
 
     code = "proxmox"
 
 
 class ApiError(ProxmoxError):
-    """An answer with an error status. ``detail`` has status, method, path and Proxmox's own text."""
+    """An answer with an error status. ``detail`` has status, method, path and Proxmox VE's text."""
 
     code = "proxmox_api"
 
@@ -282,13 +279,13 @@ class AccessDenied(ApiError):
 
 
 class Unreachable(ProxmoxError):
-    """The request was certainly not carried out: name, connection or TLS failed, or a node did not take it (595)."""
+    """Proxmox VE did not carry out the request: name, connection or TLS failed, or a node did not accept it (595)."""
 
     code = "proxmox_unreachable"
 
 
 class OutcomeUnknown(ProxmoxError):
-    """The request may have been carried out: time-out, cut connection, 596 or an answer that makes no sense."""
+    """Proxmox VE may have carried out the request: time-out, cut connection, 596 or an answer that cannot be read."""
 
     code = "proxmox_outcome_unknown"
 

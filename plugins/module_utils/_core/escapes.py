@@ -1,13 +1,16 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Text from elsewhere (a VM's name, a path, an answer of Proxmox) made harmless for a terminal and a log."""
+"""Escape control characters in text from outside (a VM's name, a path, an answer of Proxmox VE).
+
+Such text may be shown on a terminal or written into a log.
+"""
 
 from __future__ import annotations
 
 import unicodedata
 
-# Categories of Unicode that a terminal obeys, or that hide or reorder text: control (ESC, BEL), format (U+202E,
+# The Unicode categories that control a terminal, or hide or reorder text: control (ESC, BEL), format (U+202E,
 # U+200B), surrogates, and the separators of lines and paragraphs.
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 

@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The things we keep: a sandbox, the events of its life, and the outcome of working on it."""
+"""The record of a sandbox, and the outcome of an operation on it."""
 
 from __future__ import annotations
 
@@ -42,52 +42,52 @@ class Sandbox:
     smbios_uuid: str | None = None
     absent_seen_at: int | None = None
     reason: str | None = None
-    # The longest lease its profile grants.
+    # The longest lease that its profile grants, in seconds.
     lease_max_seconds: int | None = None
     # Path of its cloud-init snippet on ``snippet_host``.
     snippet: str | None = None
-    # When the guest agent last named ``ip``. None: not since the sandbox was started, so the address may be an old one.
+    # When the guest agent last reported ``ip``. None: not since the sandbox was started, so the address may be stale.
     ip_seen_at: int | None = None
     # The host that wrote the snippet, as store/holders.py names it.
     snippet_host: str | None = None
 
     @classmethod
     def from_row(cls, row: Any) -> Sandbox:
-        """Return the record of a row with COLUMNS in their order; DamagedRecord names a value that cannot be one."""
+        """Return the record of a row with COLUMNS in their order. Raises DamagedRecord for an invalid value."""
         sandbox = cls(*row)
-        # SQLite keeps whatever somebody wrote into a column. Rows of sound types come again and again, so their pattern
-        # is known.
+        # A column of SQLite takes a value of any type. Most rows have the same types, so each valid combination of
+        # types is checked once.
         kinds = tuple(map(type, row))
         if kinds not in _sound_kinds:
             for name, kind in zip(COLUMNS, kinds, strict=True):
                 if kind not in _KINDS[name]:
-                    raise sandbox.damaged(name, _VALID[_KINDS[name][0]])
+                    raise sandbox.make_damage_error(name, _VALID[_KINDS[name][0]])
             _sound_kinds.add(kinds)
         for name in _TIMES:
             value = getattr(sandbox, name)
             if value is not None and not 0 <= value <= _LAST_SECOND:
-                raise sandbox.damaged(name, "a time in seconds since 1970")
+                raise sandbox.make_damage_error(name, "a time in seconds since 1970")
         if sandbox.state not in states.STATES:
-            raise sandbox.damaged("state", f"a state ({', '.join(states.STATES)})")
-        # As the column has it until here.
+            raise sandbox.make_damage_error("state", f"a state ({', '.join(states.STATES)})")
+        # Until here ``tags`` is the JSON text of the column.
         text: Any = sandbox.tags
         try:
             sandbox.tags = json.loads(text) if text and text != "[]" else []
         except ValueError:
-            raise sandbox.damaged("tags", "a JSON list of texts") from None
+            raise sandbox.make_damage_error("tags", "a JSON list of texts") from None
         if not isinstance(sandbox.tags, list) or not all(isinstance(tag, str) for tag in sandbox.tags):
-            raise sandbox.damaged("tags", "a JSON list of texts")
+            raise sandbox.make_damage_error("tags", "a JSON list of texts")
         sandbox.protected, sandbox.keepalive = bool(sandbox.protected), bool(sandbox.keepalive)
         return sandbox
 
-    def damaged(self, column: str, valid: str) -> DamagedRecord:
-        """Return the error that names a column of this record, which holds no such value."""
+    def make_damage_error(self, column: str, valid: str) -> DamagedRecord:
+        """Return the error for a column of this record. ``valid`` describes a valid value."""
         return DamagedRecord("sandboxes", f"sandbox {self.vmid} (uuid {self.uuid})", column, valid)
 
-    def written(self, values: dict[str, Any]) -> Sandbox:
-        """This record as a write of these columns leaves it, one generation later.
+    def copy_with(self, values: dict[str, Any]) -> Sandbox:
+        """Return a copy of this record with these columns and the next generation.
 
-        (dataclasses.replace takes five times as long.)
+        dataclasses.replace would take five times as long.
         """
         after = Sandbox(*_values(self))
         after.generation += 1
@@ -100,8 +100,8 @@ class Sandbox:
     def live(self) -> bool:
         return self.state != states.DESTROYED
 
-    def expired(self, now: int) -> bool:
-        """True when the lease is over and the state still has a lease to run out."""
+    def has_expired(self, now: int) -> bool:
+        """Return whether the lease is over, and can expire in this state. ``now``: seconds since the epoch."""
         return (
             self.lease_expires_at is not None
             and self.lease_expires_at <= now
@@ -118,15 +118,15 @@ class Sandbox:
             "state": self.state,
             "node": self.node,
             "ip": self.ip,
-            "ip_seen_at": clock.iso(self.ip_seen_at),
+            "ip_seen_at": clock.format_utc(self.ip_seen_at),
             "workspace_id": self.workspace_id,
             "tags": list(self.tags),
             "protected": self.protected,
             "keepalive": self.keepalive,
-            "lease_expires_at": clock.iso(self.lease_expires_at),
-            "created_at": clock.iso(self.created_at),
-            "updated_at": clock.iso(self.updated_at),
-            "state_changed_at": clock.iso(self.state_changed_at),
+            "lease_expires_at": clock.format_utc(self.lease_expires_at),
+            "created_at": clock.format_utc(self.created_at),
+            "updated_at": clock.format_utc(self.updated_at),
+            "state_changed_at": clock.format_utc(self.state_changed_at),
         }
 
 
@@ -144,16 +144,16 @@ _OF_ANNOTATION: dict[str, tuple[type, ...]] = {
 }
 _KINDS = {name: _OF_ANNOTATION[str(field.type)] for name, field in Sandbox.__dataclass_fields__.items()}
 _VALID: dict[type, str] = {str: "a text", int: "a whole number"}
-# Types of the values of rows that were sound.
+# The combinations of types that a row may have.
 _sound_kinds: set[tuple[type, ...]] = set()
 _values = operator.attrgetter(*COLUMNS)
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one item.
+    """The outcome of one item.
 
-    ``outcome`` is one word, ``reason`` why; ``changed`` follows from what was done, never from text.
+    ``outcome`` is one word, ``reason`` tells why. ``changed``: the operation changed Proxmox VE or the records.
     """
 
     outcome: str
@@ -164,7 +164,7 @@ class Outcome:
     state: str | None = None
     reason: str | None = None
     message: str | None = None
-    # The name of what the user can do about it (errors.REMEDIES).
+    # The name of a remedy (errors.REMEDIES).
     remedy: str | None = None
     changed: bool = False
     failed: bool = False
@@ -182,15 +182,15 @@ class Outcome:
         return cls(outcome, vmid=sandbox.vmid, uuid=sandbox.uuid, name=sandbox.name, sandbox=sandbox, **values)
 
     def explain(self, words: Mapping[str, str] | None) -> str | None:
-        """Return the message for one interface, whose words for remedies these are."""
+        """Return the message for one interface. ``words`` are its sentences for the remedies."""
         return self.message and add_remedy(self.message, self.remedy, words)
 
     def explain_warnings(self, words: Mapping[str, str] | None) -> list[str]:
-        """Return all warnings for one interface, whose words for remedies these are."""
+        """Return all warnings for one interface. ``words`` are its sentences for the remedies."""
         return [*self.warnings, *(add_remedy(advice.message, advice.remedy, words) for advice in self.advice)]
 
     def public(self, words: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """Return the outcome as it is answered, in the words of one interface where they are given."""
+        """Return the outcome for answers. ``words`` are the interface's sentences for the remedies."""
         out: dict[str, Any] = {
             "vmid": self.vmid,
             "uuid": self.uuid,

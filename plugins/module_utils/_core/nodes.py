@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What is known of the nodes and of the VMs on them, and the operator's rules for choosing one: data, no decisions.
+"""Data for the placement: nodes, VMs on them, and the operator's rules.
 
-Apart from placement.py, which decides, because every module ships this and only a creation needs that.
+placement.py decides. It is a file of its own, because every module ships this file and only a creation needs that one.
 """
 
 from __future__ import annotations
@@ -63,18 +63,18 @@ class Node:
     storages: Mapping[str, Room] | None = None
     # Bridges and vnets; None: not read, or hidden.
     bridges: frozenset[str] | None = None
-    # Whether the template can be cloned to here; where the clone would lie and how much it takes at once, in bytes,
-    # where that differs from the wish (a linked clone lies with its template).
+    # ``template``: whether the template can be cloned to this node. ``storage`` and ``disk``: the storage of the clone
+    # and its first size in bytes, if they differ from the wish (a linked clone lies on its template's storage).
     template: bool = True
     storage: str | None = None
     disk: int | None = None
-    # Words of REASONS with a sentence, for what was found out elsewhere (workspace, snippets, a creation that failed).
+    # A word of REASONS with a sentence, if the caller refuses the node (workspace, snippets, a failed creation).
     refused: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Vm:
-    """A VM as listed: the memory that it uses on its node and that it is configured with, in bytes, and seconds up."""
+    """A VM in the list: its used and its configured memory in bytes, and its uptime in seconds."""
 
     node: str
     used: int = 0

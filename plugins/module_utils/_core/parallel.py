@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Doing the same to several things at once."""
+"""Run the same work on several items at once."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-def each(work: Callable[[A], B], items: list[A], workers: int) -> list[B]:
+def run_each(work: Callable[[A], B], items: list[A], workers: int) -> list[B]:
     """Return the results of ``work`` in the order of the items, with ``workers`` threads. One item needs no thread.
 
-    Raises the first error (in that order) when the work under way has ended; then nothing more is begun.
+    After an error no further item is begun. When the running ones have ended, the first error in the order of the
+    items is raised.
     """
     if len(items) <= 1:
         return [work(item) for item in items]
     from concurrent.futures import ThreadPoolExecutor
 
-    # Each worker takes the next one when it is free: a future for each item, all made at the start, is a megabyte for a
-    # thousand.
+    # A free worker takes the next item. A future for each item would need a megabyte of memory for a thousand items.
     waiting = deque(range(len(items)))
     answers: dict[int, B] = {}
     errors: dict[int, BaseException] = {}
 
-    def some(_worker: int) -> None:
+    def work_on_items(_worker: int) -> None:
         while True:
             try:
                 index = waiting.popleft()
@@ -43,9 +43,9 @@ def each(work: Callable[[A], B], items: list[A], workers: int) -> list[B]:
     count = min(workers, len(items))
     with ThreadPoolExecutor(max_workers=count) as pool:
         try:
-            list(pool.map(some, range(count)))
+            list(pool.map(work_on_items, range(count)))
         finally:
-            # Whoever waits here may be interrupted.
+            # The wait may be interrupted (Ctrl-C, a stopping daemon). Then begin no further item.
             waiting.clear()
     if errors:
         raise errors[min(errors)]

@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What values may look like: a pattern each, with the words that say what is valid.
+"""The patterns of valid values, each with a description for messages.
 
-Creations and profiles are checked by the same ones.
+Creations and profiles are checked by the same patterns.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .errors import InvalidInput
 Word = tuple[re.Pattern[str], str]
 
 MIN_VMID, MAX_VMID = 100, 999999999
-# Low and high of the whole numbers of a creation.
+# The lowest and highest value of each whole number of a creation.
 RANGES = {"cores": (1, 512), "memory": (16, 16777216), "vlan_tag": (1, 4094), "second_vlan_tag": (1, 4094)}
 _UNITS = {"memory": ", in MiB and without a unit (4G is 4096)"}
 
@@ -49,7 +49,7 @@ SEARCHDOMAIN: Word = (
     re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,252}", re.ASCII),
     "a domain such as example.org; several separated by blanks",
 )
-# As useradd takes it: service accounts of a Windows domain end in $.
+# The names that useradd takes. Service accounts of a Windows domain end in $.
 USER: Word = (
     re.compile(r"(?=.{1,32}\Z)[A-Za-z_][A-Za-z0-9_.-]*\$?", re.ASCII),
     "a user name of letters, digits, dot, hyphen and underscore, which may end in $",
@@ -79,16 +79,16 @@ MODELS = ("virtio", "e1000", "e1000e", "rtl8139", "vmxnet3")
 
 # A bullet of a list in YAML or Markdown.
 _BULLET = re.compile(r"[-*\u2022][ \t\u00a0]+")
-# Characters without a width that pages of the web and editors leave in a text.
+# Characters without a width that web pages and editors leave in a text.
 _INVISIBLE = re.compile("[\u200b\u2060\ufeff]")
 _QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
 
 
 def split_lines(value: object) -> list[str]:
-    """Return the lines of what was pasted or listed: stripped, without empty lines and comments (``#``).
+    """Return the lines of a text or a list: stripped, without empty lines and comments (``#``).
 
-    For SSH keys, whose options hold commas. Each line may be quoted, or an item of a YAML list (``- item``); the whole
-    may be a list in JSON or in YAML's short form (``[a, b]``).
+    For SSH keys, whose options contain commas. Each line may be quoted, or an item of a YAML list (``- item``); the
+    whole text may be a list in JSON or in YAML's short form (``[a, b]``).
 
     ``value`` is a text (a survey's textarea, a file; CRLF too), a list of texts, or one value of another kind.
     """
@@ -115,7 +115,7 @@ def _parse_list(text: str) -> list[str]:
     except (ValueError, RecursionError):
         items = text[1:-1].split(",")
     if not isinstance(items, list) or any(isinstance(item, (list, dict)) for item in items):
-        # No list of texts: it is refused as the one text that it is.
+        # This is no list of texts, so the caller checks (and refuses) the text as one value.
         return [text]
     lines = (line.strip() for item in items for line in re.split(r"\r\n|\r|\n", str(item)))
     return [_unquote(line) for line in lines if line and not line.startswith("#")]
@@ -126,7 +126,7 @@ def _unquote(line: str) -> str:
 
 
 def read_whole(value: object) -> int | None:
-    """Return the whole number that the value is or that its digits say; None for anything else.
+    """Return the whole number of an integer or of a text of digits; None for any other value.
 
     Python's isdecimal also takes digits of other scripts, and int() refuses thousands of digits with a ValueError.
     """
@@ -137,7 +137,7 @@ def read_whole(value: object) -> int | None:
 
 
 def describe_number(option: str) -> str:
-    """Return the words for what is valid for an option that takes a whole number."""
+    """Return the description of the valid values of an option that takes a whole number."""
     if option in ("vmid", "vmids"):
         return f"{MIN_VMID} to {MAX_VMID}"
     if option not in RANGES:
@@ -147,11 +147,11 @@ def describe_number(option: str) -> str:
 
 
 def read_vmid(option: str, value: object) -> int:
-    """Return the VMID; raise InvalidInput, by the name of the option, for what cannot be one."""
+    """Return the VMID. Raises InvalidInput with the name of the option for a value that is no VMID."""
     vmid = read_whole(value)
     if vmid is None or not MIN_VMID <= vmid <= MAX_VMID:
         raise InvalidInput(
-            f"{option}: {shown(value)} is not a VMID. Valid: {MIN_VMID} to {MAX_VMID}",
+            f"{option}: {show_value(value)} is not a VMID. Valid: {MIN_VMID} to {MAX_VMID}",
             option=option,
             value=value if isinstance(value, int) else None,
         )
@@ -159,15 +159,16 @@ def read_vmid(option: str, value: object) -> int:
 
 
 def split_words(value: object) -> list[str]:
-    """Return the words of what was pasted or listed: as split_lines, and each line split at commas, semicolons and
-    blanks. A comment may end a line. For tags and ids.
+    """Return the words of a text or a list, for tags and ids.
+
+    The lines are those of split_lines, each split at commas, semicolons and blanks. A comment may end a line.
     """
     lines = (re.split(r"\s#", line, maxsplit=1)[0] for line in split_lines(value))
     return [_unquote(word) for line in lines for word in re.split(r"[\s,;]+", line) if word]
 
 
 def shorten_size(text: str) -> str:
-    """Return a size as Proxmox VE takes it: ``20 GB``, ``20g`` and ``20GiB`` are 20G.
+    """Return a size in Proxmox VE's form: ``20 GB``, ``20g`` and ``20GiB`` are 20G.
 
     Other texts are returned as they are.
     """
@@ -176,13 +177,14 @@ def shorten_size(text: str) -> str:
 
 
 def shorten_ip_config(text: str) -> str:
-    """Return the parts of ``ipconfigN`` without blanks around their commas, as Proxmox VE takes them."""
+    """Return ``ipconfigN`` in Proxmox VE's form, without blanks around its commas."""
     return re.sub(r"\s*,\s*", ",", text.strip())
 
 
 def check_ip_config(option: str, value: str | None) -> None:
-    """Raise InvalidInput for what Proxmox VE would refuse in ``ipconfigN`` only after the VM was cloned; None is not
-    looked at.
+    """Raise InvalidInput for an invalid ``ipconfigN``. None is valid.
+
+    Proxmox VE would refuse the value only after the VM was cloned.
     """
     if value is None:
         return
@@ -208,17 +210,17 @@ def check_ip_config(option: str, value: str | None) -> None:
         )
     if wrong:
         raise InvalidInput(
-            f"{option}: {quoted(value)} is not valid: {wrong}. Valid: {IPCONFIG[1]}; IPv6 as ip6=auto or "
+            f"{option}: {quote_value(value)} is not valid: {wrong}. Valid: {IPCONFIG[1]}; IPv6 as ip6=auto or "
             "ip6=2001:db8::10/64,gw6=2001:db8::1",
             option=option,
         )
 
 
 def check_nameserver(option: str, value: str | None) -> None:
-    """Raise InvalidInput for a word that is no IP address; None is not looked at."""
+    """Raise InvalidInput for a word that is no IP address. None is valid."""
     for word in (value or "").split():
         if not (_is_address(word, 4) or _is_address(word, 6)):
-            raise InvalidInput(f"{option}: {quoted(word)} is no IP address. Valid: {NAMESERVER[1]}", option=option)
+            raise InvalidInput(f"{option}: {quote_value(word)} is no IP address. Valid: {NAMESERVER[1]}", option=option)
 
 
 def _is_address(text: str, version: int, *, prefix: bool = False) -> bool:
@@ -228,12 +230,12 @@ def _is_address(text: str, version: int, *, prefix: bool = False) -> bool:
             return False
     except ValueError:
         return False
-    # Proxmox VE takes no shorter prefix.
+    # Proxmox VE accepts no shorter prefix.
     return not prefix or (length.isascii() and length.isdecimal() and 8 <= int(length) <= (32 if version == 4 else 128))
 
 
 def split_tags(value: object) -> list[str]:
-    """Return the tags in small letters, as Proxmox VE stores them, each once, in their order."""
+    """Return the tags in lower case, as Proxmox VE stores them, each once, in their order."""
     if isinstance(value, dict):
         raise InvalidInput(f"tags: that mapping is not valid. Valid: a list of tags of {TAG[1]}", option="tags")
     tags = list(dict.fromkeys(word.lower() for word in split_words(value)))
@@ -247,10 +249,10 @@ def split_tags(value: object) -> list[str]:
 
 
 def split_keys(option: str, value: object) -> list[str]:
-    """Return the public keys, one a line; InvalidInput for a private key, which is never quoted."""
+    """Return the public keys, one for each line. Raises InvalidInput for a private key, and never quotes that."""
     if isinstance(value, dict):
         raise InvalidInput(f"{option}: that mapping is not valid. Valid: a list of public keys", option=option)
-    # A page of the web may have a no-break space where the key has a blank.
+    # A key that was copied from a web page may have a no-break space in place of a blank.
     keys = list(dict.fromkeys(key.replace("\u00a0", " ") for key in split_lines(value)))
     if any("PRIVATE KEY" in key or key.startswith(("-----BEGIN", "PuTTY-User-Key-File")) for key in keys):
         raise InvalidInput(
@@ -281,16 +283,17 @@ def split_keys(option: str, value: object) -> list[str]:
 
 
 def join_words(value: object) -> str:
-    """Return a list, or a text with commas, as words separated by one blank: what Proxmox VE takes for name servers
-    and search domains.
+    """Return a list, or a text with commas, as words separated by one blank.
+
+    That is Proxmox VE's form for name servers and search domains.
     """
     return " ".join(split_words(value))
 
 
-def quoted(value: object) -> str:
-    """Return a refused value as an error quotes it: one short line, or not at all.
+def quote_value(value: object) -> str:
+    """Return a refused value for a message: quoted if it is one short line, else "that value".
 
-    User data or a private key may have got into the wrong place.
+    User data or a private key may have got into the wrong option.
     """
     if isinstance(value, (list, tuple, dict)):
         return ("that mapping" if isinstance(value, dict) else "that list") if value else repr(str(value))
@@ -298,15 +301,15 @@ def quoted(value: object) -> str:
     return repr(text[:80]) if text.isprintable() else "that value"
 
 
-def shown(value: object) -> str:
-    """Return a refused value for a message: a whole number as it is, anything else quoted."""
-    return str(value) if isinstance(value, int) else quoted(value)
+def show_value(value: object) -> str:
+    """Return a refused value for a message: a whole number as it is, any other value quoted."""
+    return str(value) if isinstance(value, int) else quote_value(value)
 
 
-def encodable(text: str) -> bool:
-    """Return whether UTF-8 can hold the text.
+def is_encodable(text: str) -> bool:
+    """Return whether the text can be encoded in UTF-8.
 
-    JSON and YAML can write half of a surrogate pair, which no file, database or terminal takes.
+    JSON and YAML can write half of a surrogate pair, which no file, database or terminal accepts.
     """
     try:
         text.encode()
@@ -323,14 +326,14 @@ def fits(value: object, word: Word) -> bool:
     return (
         not isinstance(value, (bool, dict, list))
         and word[0].fullmatch(str(value)) is not None
-        and encodable(str(value))
+        and is_encodable(str(value))
     )
 
 
-def match(option: str, value: object, word: Word) -> None:
-    """InvalidInput, by the name of the option, for a value that does not look like that; None is not looked at."""
+def check_value(option: str, value: object, word: Word) -> None:
+    """Raise InvalidInput with the name of the option for a value that does not match the pattern. None is valid."""
     if value is not None and not fits(value, word):
         hint = "; YAML read a word such as yes or on, put it in quotes" if isinstance(value, bool) else ""
         if value == "":
             hint = "; leave the option out where there is nothing to say (in a playbook: | default(omit, true))"
-        raise InvalidInput(f"{option}: {quoted(value)} is not valid. Valid: {word[1]}{hint}", option=option)
+        raise InvalidInput(f"{option}: {quote_value(value)} is not valid. Valid: {word[1]}{hint}", option=option)

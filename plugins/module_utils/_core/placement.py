@@ -116,7 +116,7 @@ class Decision:
             "nodes": [verdict.public() for verdict in self.verdicts],
         }
 
-    def why_none(self) -> str:
+    def explain_none(self) -> str:
         """Return one text with the reason of each node, for the case that no node fits."""
         return "; ".join(f"{verdict.node}: {verdict.message}" for verdict in self.verdicts)
 
@@ -126,7 +126,7 @@ def show_memory(size: int) -> str:
     return f"{size / 1024**3:.1f} GiB" if abs(size) >= 10 * 1024**3 else f"{size // MIB} MiB"
 
 
-def promised(nodes: Iterable[Node], vms: Mapping[int, Vm], load: Load, settle: int) -> dict[str, int]:
+def sum_promises(nodes: Iterable[Node], vms: Mapping[int, Vm], load: Load, settle: int) -> dict[str, int]:
     """Return for each node the memory in bytes that is reserved for sandboxes and not yet in use.
 
     A VM that has just booted uses a fraction of its memory. So all of its configured memory counts until it has been up
@@ -159,7 +159,7 @@ def decide(nodes: Iterable[Node], vms: Mapping[int, Vm], load: Load, wish: Wish,
     compared instead of memory.
     """
     known = sorted(nodes, key=lambda node: node.name)
-    promises = promised(known, vms, load, rules.settle)
+    promises = sum_promises(known, vms, load, rules.settle)
     free = {
         node.name: None if node.memory is None or node.used is None else node.memory - node.used - promises[node.name]
         for node in known
@@ -167,7 +167,7 @@ def decide(nodes: Iterable[Node], vms: Mapping[int, Vm], load: Load, wish: Wish,
     counts = {node.name: load.sandboxes.get(node.name, 0) for node in known}
     refusals: dict[str, tuple[str, str]] = {}
     for node in known:
-        refusal = _refusal(node, free[node.name], counts[node.name], load.reservations, wish, rules)
+        refusal = _find_refusal(node, free[node.name], counts[node.name], load.reservations, wish, rules)
         if refusal is not None:
             refusals[node.name] = refusal
     candidates = [node.name for node in known if node.name not in refusals]
@@ -203,7 +203,7 @@ def decide(nodes: Iterable[Node], vms: Mapping[int, Vm], load: Load, wish: Wish,
     return Decision(chosen, tuple(verdicts), by, rules.strategy)
 
 
-def _refusal(
+def _find_refusal(
     node: Node,
     free: int | None,
     count: int,
@@ -228,7 +228,7 @@ def _refusal(
     storage = node.storage or wish.storage
     if storage is not None and node.storages is not None:
         disk = wish.disk if node.disk is None else node.disk
-        refusal = _storage_refusal(node, storage, disk, reservations, rules)
+        refusal = _find_storage_refusal(node, storage, disk, reservations, rules)
         if refusal is not None:
             return refusal
     if node.bridges is not None and not wish.bridges <= node.bridges:
@@ -246,7 +246,7 @@ def _refusal(
     return None
 
 
-def _storage_refusal(
+def _find_storage_refusal(
     node: Node, name: str, disk: int, reservations: Iterable[Reservation], rules: Rules
 ) -> tuple[str, str] | None:
     room = (node.storages or {}).get(name)
@@ -256,12 +256,12 @@ def _storage_refusal(
         return "storage", f"its storage {name} is not active"
     if room.free is None:
         return None
-    promised = sum(
+    reserved = sum(
         reservation.disk
         for reservation in reservations
         if reservation.creating and reservation.storage == name and (room.shared or reservation.node == node.name)
     )
-    free = room.free - promised - (room.total or 0) * rules.reserve // 100
+    free = room.free - reserved - (room.total or 0) * rules.reserve // 100
     if free < max(disk, 1):
         return (
             "storage",
@@ -301,7 +301,7 @@ def _explain_lower_rank(
     rules: Rules,
     by: str,
 ) -> str:
-    """Return the rule by which the chosen node came before this node, which fits as well."""
+    """Return the rule by which the chosen node ranks before this node, which fits as well."""
     if _concerns(rules.avoid, name, wish) and not _concerns(rules.avoid, chosen, wish):
         return "placement.avoid names it"
     if _concerns(rules.prefer, chosen, wish) and not _concerns(rules.prefer, name, wish):

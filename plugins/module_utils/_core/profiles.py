@@ -1,10 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Profiles: kinds of sandboxes that an operator describes once, one YAML file each.
+"""Read profiles: kinds of sandboxes that an operator describes once, each in a YAML file.
 
-A profile only fills in what a creation does not say itself. A file is checked as a whole; an error names the file, the
-key and what is valid.
+A profile gives values for the options that a creation leaves out. A file is checked as a whole; an error names the
+file, the key and the valid values.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ class Profile:
 
 
 class _Refused(Exception):
-    """What is wrong with one value; the caller knows where it stands."""
+    """The valid values for a value that is refused. The caller adds file and key."""
 
 
 class _Secret(_Refused):
-    """As _Refused, for a value that no message may quote."""
+    """Like _Refused, for a value that no message may quote."""
 
 
 Check = Callable[[Any], Any]
 
 
 def _make_text_check(word: patterns.Word, spread: bool = False) -> Check:
-    """Check a text in one line; ``spread``: words that may be given as a list, or with commas."""
+    """Return a check of a text in one line. ``spread``: words that may be given as a list, or with commas."""
 
     def check(value: Any) -> str:
         if spread:
@@ -87,7 +87,7 @@ def _make_text_check(word: patterns.Word, spread: bool = False) -> Check:
     return check
 
 
-def _whole(option: str) -> Check:
+def _make_whole_check(option: str) -> Check:
     low, high = patterns.RANGES[option]
 
     def check(value: Any) -> int:
@@ -98,17 +98,17 @@ def _whole(option: str) -> Check:
     return check
 
 
-def _ip_config(value: Any) -> str:
+def _check_ip_config(value: Any) -> str:
     text = patterns.shorten_ip_config(value) if isinstance(value, str) else value
     try:
-        patterns.match("ip_config", text, patterns.IPCONFIG)
+        patterns.check_value("ip_config", text, patterns.IPCONFIG)
         patterns.check_ip_config("ip_config", text)
     except InvalidInput:
         raise _Refused(patterns.IPCONFIG[1]) from None
     return str(text)
 
 
-def _nameserver(value: Any) -> str:
+def _check_nameserver(value: Any) -> str:
     text = _make_text_check(patterns.NAMESERVER, spread=True)(value)
     try:
         patterns.check_nameserver("nameserver", text)
@@ -117,13 +117,13 @@ def _nameserver(value: Any) -> str:
     return str(text)
 
 
-def _flag(value: Any) -> bool:
+def _check_flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise _Refused("true or false")
     return value
 
 
-def _choice(choices: tuple[str, ...]) -> Check:
+def _make_choice_check(choices: tuple[str, ...]) -> Check:
     def check(value: Any) -> str:
         if value not in choices:
             raise _Refused(", ".join(choices))
@@ -133,7 +133,7 @@ def _choice(choices: tuple[str, ...]) -> Check:
 
 
 def _make_list_check(split: Callable[[Any], list[str]], check_item: Check) -> Check:
-    """Check a list of texts, or a text that holds several of them."""
+    """Return a check of a list of texts, or of a text that contains several."""
 
     def check(value: Any) -> list[Any]:
         if not isinstance(value, (list, str)) or (
@@ -145,7 +145,7 @@ def _make_list_check(split: Callable[[Any], list[str]], check_item: Check) -> Ch
     return check
 
 
-def _duration(value: Any) -> int:
+def _check_duration(value: Any) -> int:
     try:
         return durations.parse(value, "")
     except InvalidInput:
@@ -154,62 +154,64 @@ def _duration(value: Any) -> int:
         ) from None
 
 
-def _public_keys(value: Any) -> list[str]:
+def _split_public_keys(value: Any) -> list[str]:
     try:
         return patterns.split_keys("ssh_public_keys", value)
     except InvalidInput:
         raise _Secret("a public key; that is a private one, which belongs into no profile") from None
 
 
-# Every key a file may have: what checks it, and the creation option it fills in. Sections are dictionaries of such
-# keys.
+# Every key of a file: its check, and the creation option that it sets. A section is a dictionary of such keys.
 _KEYS: dict[str, Any] = {
     "name": (_make_text_check(NAME), None),
     "description": (_make_text_check((re.compile(r"[^\x00-\x08]{0,500}"), "a text of 500 characters at most")), None),
     "template": (_make_text_check(patterns.WORD), "template"),
-    "full_clone": (_flag, "full_clone"),
+    "full_clone": (_check_flag, "full_clone"),
     "node": (_make_text_check(patterns.WORD), "node"),
     "pool": (_make_text_check(patterns.POOL), "pool"),
     "storage": (_make_text_check(patterns.WORD), "storage"),
     "resources": {
-        "cores": (_whole("cores"), "cores"),
-        "memory": (_whole("memory"), "memory"),
+        "cores": (_make_whole_check("cores"), "cores"),
+        "memory": (_make_whole_check("memory"), "memory"),
         "disk_size": (_make_text_check(patterns.SIZE), "disk_size"),
         "cpu_type": (_make_text_check(patterns.CPU), "cpu_type"),
     },
     "network": {
         "bridge": (_make_text_check(patterns.WORD), "bridge"),
-        "model": (_choice(patterns.MODELS), "network_model"),
-        "firewall": (_flag, "firewall"),
+        "model": (_make_choice_check(patterns.MODELS), "network_model"),
+        "firewall": (_check_flag, "firewall"),
         "firewall_group": (_make_text_check(patterns.FIREWALL_GROUP), "firewall_group"),
-        "vlan_tag": (_whole("vlan_tag"), "vlan_tag"),
+        "vlan_tag": (_make_whole_check("vlan_tag"), "vlan_tag"),
         "second": {
             "bridge": (_make_text_check(patterns.WORD), "second_bridge"),
-            "vlan_tag": (_whole("second_vlan_tag"), "second_vlan_tag"),
-            "ip_config": (_ip_config, "second_ip_config"),
+            "vlan_tag": (_make_whole_check("second_vlan_tag"), "second_vlan_tag"),
+            "ip_config": (_check_ip_config, "second_ip_config"),
         },
     },
     "cloud_init": {
         "user": (_make_text_check(patterns.USER), "cloud_init_user"),
-        "upgrade": (_flag, "cloud_init_upgrade"),
+        "upgrade": (_check_flag, "cloud_init_upgrade"),
         "vendor_data": (_make_text_check(patterns.VOLUME), "cloud_init_vendor_data"),
-        "ssh_public_keys": (_make_list_check(_public_keys, _make_text_check(patterns.PUBLIC_KEY)), "ssh_public_keys"),
-        "ip_config": (_ip_config, "ip_config"),
-        "nameserver": (_nameserver, "nameserver"),
+        "ssh_public_keys": (
+            _make_list_check(_split_public_keys, _make_text_check(patterns.PUBLIC_KEY)),
+            "ssh_public_keys",
+        ),
+        "ip_config": (_check_ip_config, "ip_config"),
+        "nameserver": (_check_nameserver, "nameserver"),
         "searchdomain": (_make_text_check(patterns.SEARCHDOMAIN, spread=True), "searchdomain"),
     },
     "lease": {
-        "default": (_duration, "lease_default"),
-        "maximum": (_duration, "lease_maximum"),
+        "default": (_check_duration, "lease_default"),
+        "maximum": (_check_duration, "lease_maximum"),
     },
-    "keepalive": (_flag, "keepalive"),
+    "keepalive": (_check_flag, "keepalive"),
     "tags": (_make_list_check(patterns.split_tags, _make_text_check(patterns.TAG)), "tags"),
-    "workspace": (_choice(WORKSPACE), None),
+    "workspace": (_make_choice_check(WORKSPACE), None),
     "connection": (_make_text_check(CONNECTION), None),
 }
 
 
-# Options whose value is a text: of these, what YAML read as something else is refused, and not guessed.
+# Options whose value is a text. If YAML reads another type (1.10 is a number, on is a boolean), the value is refused.
 _TEXTS = frozenset(
     {
         "template",
@@ -234,23 +236,26 @@ _TEXTS = frozenset(
 
 
 def load_all(folder: str) -> dict[str, Profile]:
-    """Every profile of the folder by its name; ConfigError for the first file that is wrong.
+    """Return every profile of the folder by its name. Raises ConfigError for the first invalid file.
 
-    A folder that is not there has none.
+    A folder that does not exist has none.
     """
     profiles: dict[str, Profile] = {}
-    for path in _files(folder):
-        _add(profiles, read(path))
+    for path in _list_files(folder):
+        _add_profile(profiles, read(path))
     return profiles
 
 
 def load(folder: str, name: str) -> Profile:
-    """Return the profile of a name. Faulty files matter only if the other files do not have the name."""
+    """Return the profile of a name. An invalid file matters only if no other file has the name.
+
+    Raises ConfigError for the invalid file with that name, and InvalidInput if the name does not exist.
+    """
     profiles: dict[str, Profile] = {}
     wrong: list[ConfigError] = []
-    for path in _files(folder):
+    for path in _list_files(folder):
         try:
-            _add(profiles, read(path))
+            _add_profile(profiles, read(path))
         except ConfigError as error:
             wrong.append(error)
     of_that_name = [
@@ -268,7 +273,7 @@ def load(folder: str, name: str) -> Profile:
     )
 
 
-def _add(profiles: dict[str, Profile], profile: Profile) -> None:
+def _add_profile(profiles: dict[str, Profile], profile: Profile) -> None:
     if profile.name in profiles:
         raise ConfigError(
             f"{profile.path}: name: {profile.name!r} is also the name of {profiles[profile.name].path}; give each "
@@ -279,7 +284,7 @@ def _add(profiles: dict[str, Profile], profile: Profile) -> None:
     profiles[profile.name] = profile
 
 
-def _files(folder: str) -> list[str]:
+def _list_files(folder: str) -> list[str]:
     try:
         return [
             os.path.join(folder, name)
@@ -290,7 +295,7 @@ def _files(folder: str) -> list[str]:
         if os.path.islink(folder):
             raise ConfigError(
                 f"profiles_dir: {folder} is a link to {os.readlink(folder)}, which does not exist; mount or create "
-                "what it leads to, or remove the link",
+                "its target, or remove the link",
                 file=folder,
             ) from None
         return []
@@ -303,14 +308,14 @@ def _files(folder: str) -> list[str]:
 def read(path: str) -> Profile:
     """Return the profile in a file, checked as a whole.
 
-    Raises ConfigError with the file, the key and what is valid.
+    Raises ConfigError with the file, the key and the valid values.
     """
     from .config import read_yaml
 
     content = read_yaml(path, path)
     if not isinstance(content, safe_yaml.Mapping):
         raise ConfigError(f"{path}: must be a mapping of keys. Valid: {', '.join(_KEYS)}", file=path)
-    values = _section(path, "", content, _KEYS)
+    values = _read_section(path, "", content, _KEYS)
     plain = {
         name: values.pop(name, None)
         for name in ("name", "description", "workspace", "connection", "lease_default", "lease_maximum")
@@ -345,11 +350,11 @@ def read(path: str) -> Profile:
     return Profile(name, path, plain["description"], values, default, maximum, workspace, plain["connection"])
 
 
-def _place_of(name: object, keys: Mapping[str, Any], section: str = "") -> str:
-    """Return the place of a key that stands in another section, or is named as the option; "" where there is none."""
+def _find_place(name: object, keys: Mapping[str, Any], section: str = "") -> str:
+    """Return the place of a key of another section, or of a key for an option's name; "" if there is none."""
     for key, known in keys.items():
         if isinstance(known, dict):
-            place = _place_of(name, known, f"{section}.{key}" if section else key)
+            place = _find_place(name, known, f"{section}.{key}" if section else key)
             if place:
                 return place
         elif section and name in (key, known[1], f"{section}.{key}"):
@@ -357,14 +362,14 @@ def _place_of(name: object, keys: Mapping[str, Any], section: str = "") -> str:
     return ""
 
 
-def _section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str, Any]) -> dict[str, Any]:
+def _read_section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in content.items():
         known = keys.get(key) if isinstance(key, str) else None
         if known is None:
-            # The file may be a link to one with secrets: what is no word is not quoted.
-            name = safe_yaml.shown(key).strip("'")
-            place = _place_of(key, _KEYS)
+            # The file may be a link to a file with secrets, so the message quotes nothing but a plain word.
+            name = safe_yaml.show_key(key).strip("'")
+            place = _find_place(key, _KEYS)
             raise ConfigError(
                 f"{path}: {prefix}{name}: no such key{f'; write it as {place}' if place else ''}. "
                 f"Valid: {', '.join(prefix + valid for valid in keys)} (line {content.lines[key]})",
@@ -381,14 +386,14 @@ def _section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str,
                     file=path,
                     key=where,
                 )
-            values.update(_section(path, f"{where}.", value, known))
+            values.update(_read_section(path, f"{where}.", value, known))
             continue
         check, option = known
-        for item, written in _scalars(content, key, value):
-            if option in _TEXTS and safe_yaml.misread(item, written):
+        for item, written in _list_scalars(content, key, value):
+            if option in _TEXTS and safe_yaml.is_misread(item, written):
                 raise ConfigError(
-                    f"{path}: {where}: YAML reads {patterns.quoted(written)} as {patterns.quoted(item)}; put it in "
-                    "quotes",
+                    f"{path}: {where}: YAML reads {patterns.quote_value(written)} as {patterns.quote_value(item)}; "
+                    "put it in quotes",
                     file=path,
                     key=where,
                 )
@@ -402,8 +407,8 @@ def _section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str,
     return values
 
 
-def _scalars(content: safe_yaml.Mapping, key: Any, value: Any) -> list[tuple[Any, str | None]]:
-    """Return the value, or each of a list, with what was written for it."""
+def _list_scalars(content: safe_yaml.Mapping, key: Any, value: Any) -> list[tuple[Any, str | None]]:
+    """Return the value, or each item of a list, with its written text."""
     if isinstance(value, safe_yaml.Sequence):
         return [(item, value.written.get(number)) for number, item in enumerate(value)]
     return [(value, content.written.get(key))]

@@ -1,11 +1,11 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Why a sandbox is left alone: one table of the words, from which answers, metrics and documentation are made."""
+"""The reasons for leaving a sandbox alone. Answers, metrics and documentation are made from this table."""
 
 from __future__ import annotations
 
-# Word of ``reason`` -> what somebody can do about it (Markdown).
+# Word of ``reason`` -> the next step for the user (Markdown).
 KEPT: dict[str, str] = {
     "too_young": "wait, or lower `older_than`",
     "protected": "`agentlab sandbox unprotect VMID` (`protected: false`), or `qm set VMID --protection 0`; a VM that "

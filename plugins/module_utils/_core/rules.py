@@ -1,12 +1,12 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Cleanup rules: a file, checked as a whole, and which of its rules a sandbox meets first.
+"""Read the file of cleanup rules, and find the first rule that matches a sandbox.
 
-Nothing here asks or changes anything.
+This file is pure: it asks Proxmox VE nothing, and changes nothing.
 
-A key, state, action or duration that does not exist refuses the whole file, with its line: a misspelt rule must not be
-a missing rule.
+An unknown key, state, action or duration makes the whole file invalid, and the error names the line: a misspelt rule
+must not be a missing rule.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from .model import Sandbox
 
 KEEP, DESTROY, FAIL = "keep", "destroy", "fail"
 ENFORCE, SHADOW = "enforce", "shadow"
-# Which states each action may name: a living sandbox is ended by its lease, not by a rule.
+# The states that a rule with each action may name. A lease ends a living sandbox, not a rule.
 _STATES_OF = {KEEP: states.STATES, DESTROY: states.PRUNABLE, FAIL: states.CREATING}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class CleanupRule:
-    """What it matches (all that is given must fit; any one of a list), how long a state must last, and what is done
-    then.
+    """One rule: the sandboxes that it matches, the time in seconds that their state must last, and the action.
+
+    A sandbox must fit every given list (states, tags, profiles), each by one item.
     """
 
     name: str
@@ -51,113 +52,117 @@ class CleanupRule:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A whole file; durations are seconds. Without a file nothing is enabled."""
+    """The content of the file. Durations are in seconds. Without a file cleanup is off."""
 
     enabled: bool = False
     mode: str = ENFORCE
     interval: int = 900
     jitter: int = 120
-    # A run that would destroy more than so many, or more than this share of all live sandboxes, does nothing and
-    # freezes.
+    # A run that would destroy more sandboxes than this number, or than this share of the live ones, does nothing and
+    # freezes cleanup.
     guard_count: int = 50
     guard_percent: int = 50
     rules: Sequence[CleanupRule] = ()
     keep_destroyed: int | None = None
 
-    def rule_for(self, sandbox: Sandbox) -> CleanupRule | None:
-        """Return the first rule that matches, whether or not its time has come. Later rules do not count."""
+    def find_rule(self, sandbox: Sandbox) -> CleanupRule | None:
+        """Return the first rule that matches, even if its time has not come. Later rules do not count."""
         return next((rule for rule in self.rules if rule.matches(sandbox)), None)
 
 
 @dataclass(slots=True)
 class _RuleReader:
-    """The tree of a YAML file, with the line of every node."""
+    """A reader for the values of a YAML file. Its errors name the line."""
 
     file: str
     loader: Any
 
-    def refuse(self, node: Any, problem: str) -> ConfigError:
+    def make_error(self, node: Any, problem: str) -> ConfigError:
         return ConfigError(
             f"cleanup_file: {self.file} line {node.start_mark.line + 1}: {problem}; nothing of it was used",
             file=self.file,
             line=node.start_mark.line + 1,
         )
 
-    def mapping(
+    def read_mapping(
         self, node: Any, where: str, known: dict[str, Callable[[Any, str], Any]], required: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """Return the values of a mapping, each read by the function that ``known`` has for its key."""
+        """Return the values of a mapping. ``known`` has the keys, each with the function that reads its value."""
         import yaml
 
         if not isinstance(node, yaml.MappingNode):
-            raise self.refuse(node, f"{where} must be a mapping. Valid keys: {', '.join(known)}")
+            raise self.make_error(node, f"{where} must be a mapping. Valid keys: {', '.join(known)}")
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
             if key not in known:
-                raise self.refuse(key_node, f"unknown key {safe_yaml.shown(key)} in {where}. Valid: {', '.join(known)}")
+                raise self.make_error(
+                    key_node, f"unknown key {safe_yaml.show_key(key)} in {where}. Valid: {', '.join(known)}"
+                )
             if key in values:
-                raise self.refuse(key_node, f"{key!r} is given twice in {where}")
+                raise self.make_error(key_node, f"{key!r} is given twice in {where}")
             values[key] = known[key](value_node, key)
         for key in required:
             if key not in values:
-                raise self.refuse(node, f"{key!r} is missing in {where}")
+                raise self.make_error(node, f"{key!r} is missing in {where}")
         return values
 
-    def scalar(self, node: Any, key: str, valid: str) -> Any:
+    def read_scalar(self, node: Any, key: str, valid: str) -> Any:
         import yaml
 
         if not isinstance(node, yaml.ScalarNode):
-            raise self.refuse(node, f"{key} must be one value. Valid: {valid}")
+            raise self.make_error(node, f"{key} must be one value. Valid: {valid}")
         try:
             return self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError):
-            raise self.refuse(node, f"{key}: {str(node.value)[:80]!r} is not valid. Valid: {valid}") from None
+            raise self.make_error(node, f"{key}: {str(node.value)[:80]!r} is not valid. Valid: {valid}") from None
 
-    def flag(self, node: Any, key: str) -> bool:
-        value = self.scalar(node, key, "true or false")
+    def read_flag(self, node: Any, key: str) -> bool:
+        value = self.read_scalar(node, key, "true or false")
         if not isinstance(value, bool):
-            raise self.refuse(node, f"{key}: {str(node.value)[:80]!r} is not valid. Valid: true or false")
+            raise self.make_error(node, f"{key}: {str(node.value)[:80]!r} is not valid. Valid: true or false")
         return value
 
-    def whole(self, node: Any, key: str, low: int, high: int) -> int:
-        value = self.scalar(node, key, f"a whole number from {low} to {high}")
+    def read_whole(self, node: Any, key: str, low: int, high: int) -> int:
+        value = self.read_scalar(node, key, f"a whole number from {low} to {high}")
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.refuse(
+            raise self.make_error(
                 node, f"{key}: {str(node.value)[:80]!r} is not valid. Valid: a whole number from {low} to {high}"
             )
         return value
 
-    def choice(self, node: Any, key: str, choices: Sequence[str]) -> str:
-        value = self.scalar(node, key, ", ".join(choices))
+    def read_choice(self, node: Any, key: str, choices: Sequence[str]) -> str:
+        value = self.read_scalar(node, key, ", ".join(choices))
         if value not in choices:
-            raise self.refuse(node, f"{key}: {str(node.value)[:80]!r} is not valid. Valid: {', '.join(choices)}")
+            raise self.make_error(node, f"{key}: {str(node.value)[:80]!r} is not valid. Valid: {', '.join(choices)}")
         return str(value)
 
-    def duration(self, node: Any, key: str, *, zero: bool = False) -> int:
-        value = self.scalar(node, key, durations.VALID)
+    def read_duration(self, node: Any, key: str, *, zero: bool = False) -> int:
+        value = self.read_scalar(node, key, durations.VALID)
         try:
-            # YAML reads 1:30 as a number of base 60: what was written decides.
+            # YAML reads 1:30 as a number of base 60, so parse the written text.
             return durations.parse(value if isinstance(value, bool) else node.value, key, zero=zero)
         except InvalidInput as error:
-            raise self.refuse(node, error.message) from None
+            raise self.make_error(node, error.message) from None
 
-    def words(self, node: Any, key: str, choices: Sequence[str] | None = None) -> tuple[str, ...]:
+    def read_words(self, node: Any, key: str, choices: Sequence[str] | None = None) -> tuple[str, ...]:
         import yaml
 
         if not isinstance(node, yaml.SequenceNode) or not node.value:
-            raise self.refuse(node, f"{key} must be a list, such as [{(choices or ('web',))[0]}]")
+            raise self.make_error(node, f"{key} must be a list, such as [{(choices or ('web',))[0]}]")
         if choices is not None:
-            return tuple(self.choice(word, key, choices) for word in node.value)
+            return tuple(self.read_choice(word, key, choices) for word in node.value)
         pattern, valid = patterns.TAG if key == "tags" else patterns.WORD
         for word in node.value:
-            # What was written: YAML reads 1.10 as a number, and on as true. What nothing can be called makes a rule
-            # that never matches.
+            # Check the written text: YAML reads 1.10 as a number, and on as true. A word that cannot be a name would
+            # make a rule that never matches.
             if not isinstance(word, yaml.ScalarNode) or not pattern.fullmatch(
                 word.value.lower() if key == "tags" else word.value
             ):
-                raise self.refuse(word, f"{key}: {str(getattr(word, 'value', ''))[:80]!r} is not valid. Valid: {valid}")
-        # Tags are kept in small letters, as Proxmox VE stores them.
+                raise self.make_error(
+                    word, f"{key}: {str(getattr(word, 'value', ''))[:80]!r} is not valid. Valid: {valid}"
+                )
+        # Proxmox VE stores tags in lower case.
         return tuple(str(word.value).lower() if key == "tags" else str(word.value) for word in node.value)
 
 
@@ -181,25 +186,25 @@ def parse(text: str, file: str) -> Policy:
         ) from None
     if root is None:
         return Policy()
-    read = _RuleReader(file, loader)
+    reader = _RuleReader(file, loader)
     known = {
-        "enabled": read.flag,
-        "mode": lambda node, key: read.choice(node, key, (ENFORCE, SHADOW)),
-        "interval": read.duration,
-        "jitter": lambda node, key: read.duration(node, key, zero=True),
-        "guard": lambda node, key: read.mapping(
+        "enabled": reader.read_flag,
+        "mode": lambda node, key: reader.read_choice(node, key, (ENFORCE, SHADOW)),
+        "interval": reader.read_duration,
+        "jitter": lambda node, key: reader.read_duration(node, key, zero=True),
+        "guard": lambda node, key: reader.read_mapping(
             node,
             key,
             {
-                "count": lambda number, name: read.whole(number, name, 1, 1000000),
-                "percent": lambda number, name: read.whole(number, name, 1, 100),
+                "count": lambda number, name: reader.read_whole(number, name, 1, 1000000),
+                "percent": lambda number, name: reader.read_whole(number, name, 1, 100),
             },
         ),
-        "rules": lambda node, key: _rules(read, node),
-        "retention": lambda node, key: read.mapping(node, key, {"destroyed_records": read.duration}),
+        "rules": lambda node, key: _read_rules(reader, node),
+        "retention": lambda node, key: reader.read_mapping(node, key, {"destroyed_records": reader.read_duration}),
     }
-    values = read.mapping(
-        root, "the file", {"auto_cleanup": lambda node, key: read.mapping(node, key, known)}, ("auto_cleanup",)
+    values = reader.read_mapping(
+        root, "the file", {"auto_cleanup": lambda node, key: reader.read_mapping(node, key, known)}, ("auto_cleanup",)
     )["auto_cleanup"]
     default = Policy()
     guard = values.get("guard", {})
@@ -215,55 +220,55 @@ def parse(text: str, file: str) -> Policy:
     )
 
 
-def _rules(read: _RuleReader, node: Any) -> tuple[CleanupRule, ...]:
+def _read_rules(reader: _RuleReader, node: Any) -> tuple[CleanupRule, ...]:
     import yaml
 
     if not isinstance(node, yaml.SequenceNode):
-        raise read.refuse(node, "rules must be a list of rules")
+        raise reader.make_error(node, "rules must be a list of rules")
     accepted: list[CleanupRule] = []
     for item in node.value:
-        rule = _read_rule(read, item)
+        rule = _read_rule(reader, item)
         if any(rule.name == other.name for other in accepted):
-            raise read.refuse(item, f"name: {rule.name!r} is the name of an earlier rule")
+            raise reader.make_error(item, f"name: {rule.name!r} is the name of an earlier rule")
         accepted.append(rule)
     return tuple(accepted)
 
 
-def _read_rule(read: _RuleReader, node: Any) -> CleanupRule:
-    def name(part: Any, key: str) -> str:
-        value = str(read.scalar(part, key, "a name"))
+def _read_rule(reader: _RuleReader, node: Any) -> CleanupRule:
+    def read_name(part: Any, key: str) -> str:
+        value = str(reader.read_scalar(part, key, "a name"))
         if not _NAME.fullmatch(value):
-            raise read.refuse(
+            raise reader.make_error(
                 part,
                 f"{key}: {value[:80]!r} is not valid. Valid: letters, digits, dot, hyphen and underscore, 63 at most",
             )
         return value
 
-    def match(filter_node: Any, key: str) -> dict[str, Any]:
-        values = read.mapping(
+    def read_match(filter_node: Any, key: str) -> dict[str, Any]:
+        values = reader.read_mapping(
             filter_node,
             key,
             {
-                "states": lambda part, word: read.words(part, word, states.STATES),
-                "tags": read.words,
-                "profiles": read.words,
+                "states": lambda part, word: reader.read_words(part, word, states.STATES),
+                "tags": reader.read_words,
+                "profiles": reader.read_words,
             },
         )
         if not values:
-            raise read.refuse(
+            raise reader.make_error(
                 filter_node,
                 "match: names nothing; a rule for everything is not a rule. Valid keys: states, tags, profiles",
             )
         return values
 
-    options = read.mapping(
+    options = reader.read_mapping(
         node,
         "a rule",
         {
-            "name": name,
-            "match": match,
-            "after": lambda part, key: read.duration(part, key, zero=True),
-            "action": lambda part, key: read.choice(part, key, (KEEP, DESTROY, FAIL)),
+            "name": read_name,
+            "match": read_match,
+            "after": lambda part, key: reader.read_duration(part, key, zero=True),
+            "action": lambda part, key: reader.read_choice(part, key, (KEEP, DESTROY, FAIL)),
         },
         ("name", "match", "action"),
     )
@@ -272,22 +277,24 @@ def _read_rule(read: _RuleReader, node: Any) -> CleanupRule:
     wrong = [state for state in rule.states if state not in allowed]
     if wrong or (rule.action != KEEP and not rule.states):
         problem = f"{wrong[0]} may not be named" if wrong else "states are missing in match"
-        raise read.refuse(node, f"rule {rule.name!r} with action {rule.action}: {problem}. Valid: {', '.join(allowed)}")
+        raise reader.make_error(
+            node, f"rule {rule.name!r} with action {rule.action}: {problem}. Valid: {', '.join(allowed)}"
+        )
     if rule.action == KEEP and "after" in options:
-        raise read.refuse(node, f"rule {rule.name!r}: after means nothing with action keep")
+        raise reader.make_error(node, f"rule {rule.name!r}: after means nothing with action keep")
     if rule.action != KEEP and "after" not in options:
-        raise read.refuse(
+        raise reader.make_error(
             node, f"rule {rule.name!r}: after is missing; say how long the state must last (0s for no time at all)"
         )
     return rule
 
 
 def load(path: str) -> Policy:
-    """Return the policy in a file. Without a file nothing is cleaned up."""
+    """Return the policy in a file. Without a file cleanup is off. Raises ConfigError for a file that cannot be used."""
     if os.path.islink(path) and not os.path.exists(path):
         raise ConfigError(
-            f"cleanup_file: {path} is a link to {os.readlink(path)}, which cannot be followed; mount or create what it "
-            "leads to, or remove the link",
+            f"cleanup_file: {path} is a link to {os.readlink(path)}, which cannot be followed; mount or create its "
+            "target, or remove the link",
             file=path,
         )
     if not os.path.exists(path):

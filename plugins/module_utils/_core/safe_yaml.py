@@ -1,13 +1,11 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Read YAML that somebody else wrote, within bounds of size, depth and time.
+"""Read YAML of other people within bounds of size, depth and time.
 
-PyYAML builds whatever a text says. A few hundred bytes of nested merge keys (``<<: [*a, *a]``) keep it busy for
-minutes, and a mapping
-may have a key twice, of which it keeps the last. Here every node is counted, also each time an alias repeats it, and
-a key that is
-given twice is refused. An error tells the line and never quotes the text, which may be a secret in the wrong file.
+PyYAML has no bounds: a few hundred bytes of nested merge keys (``<<: [*a, *a]``) keep it busy for minutes. PyYAML also
+accepts a key twice in a mapping, and keeps the last. Here every node is counted, also each time an alias repeats it,
+and a repeated key is refused. An error names the line and never quotes the text, which may be a secret.
 """
 
 from __future__ import annotations
@@ -18,16 +16,16 @@ import re
 import stat
 from typing import Any
 
-# Of a file. The largest profile or rule file that anybody showed us has 4 KiB.
+# Bytes of a file. The largest profile or rule file that we have seen has 4 KiB.
 LONGEST_FILE = 256 * 1024
 MAX_NODES = 20000
-# With every alias counted as what it stands for.
+# Values of a document. An alias counts as all values that it stands for.
 MAX_EXPANDED = 100000
 MAX_DEPTH = 50
 # No number or date is longer. PyYAML reads 1:1:1:... as one number of base 60, which takes quadratic time.
 _LONGEST_NUMBER = 100
 _TAG = "tag:yaml.org,2002:"
-# What may be told of a key that is not known.
+# A message may quote an unknown key of this form.
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}", re.ASCII)
 
 
@@ -49,9 +47,9 @@ class Refused(Exception):
 
 
 class Mapping(dict[Any, Any]):
-    """A mapping of a file. ``lines``.
+    """A mapping of a file.
 
-    The line of each key. ``written``: of each plain scalar without quotes, the text as it was written.
+    ``lines``: the line of each key. ``written``: the written text of each scalar without quotes, by its key.
     """
 
     def __init__(self) -> None:
@@ -61,23 +59,23 @@ class Mapping(dict[Any, Any]):
 
 
 class Sequence(list[Any]):
-    """A list of a file. ``written``: by its number, the text of each plain scalar without quotes."""
+    """A list of a file. ``written``: the written text of each scalar without quotes, by its number."""
 
     def __init__(self) -> None:
         super().__init__()
         self.written: dict[int, str] = {}
 
 
-def misread(value: object, written: str | None) -> bool:
-    """Return whether YAML turned a plain scalar into a value that is written otherwise.
+def is_misread(value: object, written: str | None) -> bool:
+    """Return whether YAML turned a scalar without quotes into a value with another text.
 
     012345 becomes 5349, 1_000 becomes 1000, yes becomes true.
     """
     return written is not None and not isinstance(value, str) and str(value) != written
 
 
-def shown(key: object) -> str:
-    """Return a key for a message: quoted if it looks like a word, else not at all."""
+def show_key(key: object) -> str:
+    """Return a key for a message: quoted if it looks like a word, else "that key"."""
     return (
         repr(key)
         if (isinstance(key, str) and _WORD.fullmatch(key)) or (isinstance(key, int) and not isinstance(key, bool))
@@ -86,9 +84,9 @@ def shown(key: object) -> str:
 
 
 def read_text(path: str, longest: int = LONGEST_FILE) -> str:
-    """Return the text of a regular file of at most ``longest`` bytes; OSError, UnicodeDecodeError or Refused otherwise.
+    """Return the text of a regular file of at most ``longest`` bytes.
 
-    Opening a FIFO would wait for a writer, and a device has no end: neither is read.
+    Raises OSError, UnicodeDecodeError or Refused. A FIFO or a device is refused: opening or reading it may never end.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
@@ -101,29 +99,29 @@ def read_text(path: str, longest: int = LONGEST_FILE) -> str:
 
 
 def compose(text: str) -> tuple[Any, Any]:
-    """Return a loader and the root node of the one document in ``text`` (None: it is empty)."""
+    """Return a loader and the root node of the only document in ``text`` (None: the text is empty). Raises Refused."""
     import yaml
 
     loader = None
     try:
-        loader = _loader()(text)
+        loader = _make_loader()(text)
         return loader, loader.get_single_node()
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise _refused(error) from None
+        raise _make_refusal(error) from None
 
 
 def load(text: str) -> Any:
-    """Return what ``text`` says, with Mapping for mappings; merge keys are resolved."""
+    """Return the value of ``text``, with Mapping and Sequence, and merge keys resolved. Raises Refused."""
     loader, root = compose(text)
-    return None if root is None else _build(loader, root, [MAX_EXPANDED], 0)
+    return None if root is None else _build_value(loader, root, [MAX_EXPANDED], 0)
 
 
 @functools.cache
-def _loader() -> Any:
+def _make_loader() -> Any:
     import yaml
 
     class Bounded(yaml.SafeLoader):
-        """Counts nodes and their depth while the tree is made."""
+        """A loader that counts nodes and their depth while it makes the tree."""
 
         nodes = 0
         depth = 0
@@ -147,12 +145,12 @@ def _loader() -> Any:
     return Bounded
 
 
-def _refused(error: Exception) -> Refused:
+def _make_refusal(error: Exception) -> Refused:
     mark = getattr(error, "problem_mark", None)
     return Refused("is not valid YAML", mark.line + 1 if mark else None, mark.column + 1 if mark else None)
 
 
-def _build(loader: Any, node: Any, budget: list[int], depth: int) -> Any:
+def _build_value(loader: Any, node: Any, budget: list[int], depth: int) -> Any:
     import yaml
 
     line = node.start_mark.line + 1
@@ -162,13 +160,13 @@ def _build(loader: Any, node: Any, budget: list[int], depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise Refused(f"is nested deeper than {MAX_DEPTH} levels", line)
     if isinstance(node, yaml.ScalarNode):
-        return scalar(loader, node)
+        return read_scalar(loader, node)
     if node.tag not in (_TAG + "seq", _TAG + "map"):
         raise Refused("has a tag (!) that is not used here", line)
     if isinstance(node, yaml.SequenceNode):
         items = Sequence()
         for number, item in enumerate(node.value):
-            items.append(_build(loader, item, budget, depth + 1))
+            items.append(_build_value(loader, item, budget, depth + 1))
             if _is_plain(item):
                 items.written[number] = item.value
         return items
@@ -180,17 +178,17 @@ def _build(loader: Any, node: Any, budget: list[int], depth: int) -> Any:
             continue
         if not isinstance(key_node, yaml.ScalarNode):
             raise Refused("has a list or mapping as a key", key_node.start_mark.line + 1)
-        key = scalar(loader, key_node)
+        key = read_scalar(loader, key_node)
         if key in mapping:
-            raise Refused(f"gives {shown(key)} twice", key_node.start_mark.line + 1)
-        mapping[key] = _build(loader, value_node, budget, depth + 1)
+            raise Refused(f"gives {show_key(key)} twice", key_node.start_mark.line + 1)
+        mapping[key] = _build_value(loader, value_node, budget, depth + 1)
         mapping.lines[key] = key_node.start_mark.line + 1
         if _is_plain(value_node):
             mapping.written[key] = value_node.value
     for other in merged:
         if not isinstance(other, yaml.MappingNode):
             raise Refused("merges (<<) something that is not a mapping", other.start_mark.line + 1)
-        values = _build(loader, other, budget, depth + 1)
+        values = _build_value(loader, other, budget, depth + 1)
         for key in [key for key in values if key not in mapping]:
             mapping[key] = values[key]
             mapping.lines[key] = values.lines[key]
@@ -205,7 +203,7 @@ def _is_plain(node: Any) -> bool:
     return isinstance(node, yaml.ScalarNode) and node.style is None
 
 
-def scalar(loader: Any, node: Any) -> Any:
+def read_scalar(loader: Any, node: Any) -> Any:
     """Return the value of one scalar node."""
     import yaml
 
@@ -219,22 +217,20 @@ def scalar(loader: Any, node: Any) -> Any:
 
 
 def recognise(text: str) -> str | None:
-    """Return what the one document in ``text`` is (``mapping``, ``sequence`` or ``scalar``; None: nothing) without
-    building it.
+    """Return the kind of the only document in ``text``: ``mapping``, ``sequence`` or ``scalar``; None if it is empty.
 
-    Refused for what PyYAML's safe_load would refuse, and for what is out of bounds once its aliases stand for what
-    they repeat.
+    The document is not built. Raises Refused for a text that PyYAML's safe_load would refuse, and for a text that is
+    out of bounds with its aliases counted as all values that they stand for.
     """
     import yaml
 
     root: str | None = None
     events = documents = 0
-    # Of each collection that is open: its anchor, its size so far, whether it is a mapping, and how many children it
-    # has.
+    # For each open collection: its anchor, its size so far, whether it is a mapping, and the number of its children.
     stack: list[list[Any]] = []
     anchors: dict[str, int] = {}
     try:
-        # The reader looks at the first characters already when it is made.
+        # The constructor already reads the first characters, and may raise.
         loader: Any = yaml.SafeLoader(text)
         while loader.check_event():
             event = loader.get_event()
@@ -256,16 +252,16 @@ def recognise(text: str) -> str | None:
                 if stack[-1][1] > MAX_EXPANDED:
                     raise Refused(f"says more than {MAX_EXPANDED} values, aliases counted", line)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise _refused(error) from None
+        raise _make_refusal(error) from None
     return root
 
 
 def _recognise_event(
     yaml: Any, loader: Any, event: Any, stack: list[list[Any]], anchors: dict[str, int], line: int
 ) -> tuple[str | None, int]:
-    """Return the kind of the node that begins or ends here, and its size once that is known (0.
+    """Return the kind of the node that begins or ends here, and its size; (None, 0) for other events.
 
-    Not yet); (None, 0) for other events.
+    The size of a collection is 0 at its begin, and known at its end.
     """
     if isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
         anchor, size, mapping, _children = stack.pop()
@@ -286,7 +282,7 @@ def _recognise_event(
             event.tag if event.tag not in (None, "!") else loader.resolve(yaml.ScalarNode, event.value, event.implicit)
         )
         if tag not in (_TAG + "str", _TAG + "merge", _TAG + "value"):
-            scalar(loader, yaml.ScalarNode(tag, event.value, event.start_mark, event.end_mark))
+            read_scalar(loader, yaml.ScalarNode(tag, event.value, event.start_mark, event.end_mark))
         if event.anchor:
             anchors[event.anchor] = 1
         return "scalar", 1

@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The two tables every rule comes from: which state may follow which, and what each operation needs.
+"""The two tables of the states: the transitions, and the states in which each operation is allowed.
 
 Messages, documentation tables and the diagram are made from these two; nothing else in the code names a list of states.
 """
@@ -40,7 +40,7 @@ STATES: tuple[str, ...] = tuple(TRANSITIONS)
 
 
 class StateRule:
-    """What one operation needs: the states it acts in, and those in which there is nothing left to do."""
+    """The states in which one operation acts, and those in which it has nothing to do."""
 
     __slots__ = ("allowed", "phrase", "remedy", "satisfied")
 
@@ -77,12 +77,12 @@ POWERED: tuple[str, ...] = (READY, RUNNING)
 
 
 def can_follow(current: str, target: str) -> bool:
-    """True when the table has a transition from ``current`` to ``target``."""
+    """Return whether the table has a transition from ``current`` to ``target``."""
     return target in TRANSITIONS[current]
 
 
-def refuse(operation: str, state: str) -> StateConflict:
-    """Return the error for an operation that the state does not allow; it names the state and the valid ones."""
+def make_conflict(operation: str, state: str) -> StateConflict:
+    """Return the error for an operation in a state that does not allow it. The message names the valid states."""
     rule = OPERATIONS[operation]
     # "Valid states" are those in which the call succeeds; the seed lists DESTROYED for destroy and only RUNNING for
     # renew.
@@ -96,11 +96,11 @@ def refuse(operation: str, state: str) -> StateConflict:
     )
 
 
-def check(operation: str, state: str) -> bool:
-    """Return whether there is something to do; raise StateConflict when the state forbids the operation."""
+def check_operation(operation: str, state: str) -> bool:
+    """Return whether the operation has something to do. Raises StateConflict if the state forbids the operation."""
     rule = OPERATIONS[operation]
     if state in rule.allowed:
         return True
     if state in rule.satisfied:
         return False
-    raise refuse(operation, state)
+    raise make_conflict(operation, state)

@@ -1,11 +1,11 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Wall clocks that jump.
+"""Pause expiry and prune after the wall clock jumped, and after a restore of older records.
 
-Ages and leases are wall time; when it jumps by more than a minute against the time since boot, no lease ends and
-nothing is pruned for a while (clock_jump_pause), so that a wrong date never costs a sandbox. A destroy that somebody
-asks for goes on.
+Ages and leases are wall time. If the wall clock jumps by more than a minute against the time since boot, no lease ends
+and nothing is pruned for clock_jump_pause. So a wrong date never costs a sandbox. A destroy that a user asks for is
+not delayed.
 """
 
 from __future__ import annotations
@@ -27,45 +27,48 @@ _HELD = (
 )
 
 
-def suspended(ctx: Context) -> str | None:
-    """Return why expiry and prune rest at the moment on this host, or None.
+def explain_pause(ctx: Context) -> str | None:
+    """Return the sentence for why expiry and prune rest on this host now, or None.
 
-    Notes the clocks for the next look (not in check mode).
+    Outside check mode, write the clocks into the records for the next call.
     """
-    reason = rests(ctx)
+    reason = find_pause(ctx)
     return reason[1] if reason else None
 
 
-def rests(ctx: Context) -> tuple[str, str] | None:
-    """Return the word (a reason of reasons.py) and the sentence for why expiry and prune rest, or None."""
+def find_pause(ctx: Context) -> tuple[str, str] | None:
+    """Return the reason (a word of reasons.py) and the sentence for why expiry and prune rest, or None.
+
+    Outside check mode, write the clocks into the records for the next call.
+    """
     hold = hold_leases(ctx)
     if hold:
         return "restored", hold
-    jump = _clock_jumped(ctx)
+    jump = _explain_clock_jump(ctx)
     return ("clock_jumped", jump) if jump else None
 
 
 def hold_leases(ctx: Context) -> str | None:
-    """Return why no lease ends before somebody releases it, or None: the records are an older copy than those that
-    were used before.
+    """Return the sentence for why no lease ends until an operator releases the leases, or None.
 
-    An older copy is recognised by its newest event, and on PostgreSQL by commits of this process that the server lost.
-    Then the hold is written into the records, so that it lasts over restarts.
+    The leases are held if the records are an older copy of those that were used before. The newest event tells; on
+    PostgreSQL also commits of this process that the server has lost. The hold is written into the records, so that it
+    lasts over restarts.
     """
-    note = frozen(ctx)
+    note = read_freeze(ctx)
     if note and note["leases"]:
-        # Whoever releases the leases has looked at what this process lost, too.
+        # The operator who releases the leases has checked the lost commits of this process, too.
         ctx.database.forget_lost_commits()
         return _HELD.format(at=note["at"])
     if ctx.database.has_lost_commits():
         if not ctx.dry_run:
             freeze.freeze_for_lost_commits(ctx.records)
-        return _HELD.format(at=clock_module.iso(ctx.clock.now()))
+        return _HELD.format(at=clock_module.format_utc(ctx.clock.now()))
     noted_event = ctx.database.read_noted_event()
     if noted_event is None:
         return None
     event = ctx.database.read_latest_event()
-    at = clock_module.iso(ctx.clock.now())
+    at = clock_module.format_utc(ctx.clock.now())
     if event < noted_event:
         if not ctx.dry_run:
             freeze.freeze_for_older_copy(ctx.records, event, noted_event)
@@ -75,31 +78,31 @@ def hold_leases(ctx: Context) -> str | None:
     return None
 
 
-def frozen(ctx: Context) -> dict[str, Any] | None:
-    """Return why, since when and by whom cleanup is frozen, and whether leases rest too; None while it is not."""
+def read_freeze(ctx: Context) -> dict[str, Any] | None:
+    """Return why, since when and by whom cleanup is frozen, and whether leases rest too; None if it is not frozen."""
     return freeze.read_freeze(ctx.records)
 
 
-def _clock_jumped(ctx: Context) -> str | None:
+def _explain_clock_jump(ctx: Context) -> str | None:
     """Return the sentence for a clock that jumped a while ago, or None."""
     now, since_boot = ctx.clock.now(), ctx.clock.since_boot()
     boot = json.loads(describe_process())["boot"]
-    damaged, note = _read(ctx)
+    damaged, note = _read_note(ctx)
     if damaged:
-        # Whether the clock jumped since is not known: as after a jump.
-        _note(ctx, boot, now - since_boot, since_boot + ctx.config.clock_jump_pause, now)
+        # We cannot tell whether the clock jumped. Pause as after a jump.
+        _write_note(ctx, boot, now - since_boot, since_boot + ctx.config.clock_jump_pause, now)
         return (
-            f"the note of the clocks in the records is damaged (meta.value of key {_key()}); expiry and prune rest for "
-            f"{show(ctx.config.clock_jump_pause)} (clock_jump_pause), then they go on by a new one"
+            f"the note of the clocks in the records is damaged (meta.value of key {_make_key()}); expiry and prune "
+            f"rest for {show(ctx.config.clock_jump_pause)} (clock_jump_pause), then they go on by a new one"
         )
     if note and note["boot"] == boot:
         offset = now - since_boot
         until = float(note.get("until") or 0)
         if abs(offset - note["offset"]) > JUMP_SECONDS:
             until = since_boot + ctx.config.clock_jump_pause
-            _note(ctx, boot, offset, until, now)
+            _write_note(ctx, boot, offset, until, now)
         elif since_boot - note.get("seen", 0) > JUMP_SECONDS:
-            _note(ctx, boot, offset, until, now)
+            _write_note(ctx, boot, offset, until, now)
         if since_boot < until:
             remaining = show(int(until - since_boot) + 1)
             return (
@@ -110,15 +113,15 @@ def _clock_jumped(ctx: Context) -> str | None:
     if note and now < note.get("wall", 0) - JUMP_SECONDS:
         # After a reboot the clock reads earlier than the last run noted. Either it is not set yet, or it was wrong
         # before; we cannot tell. Pause: a slow clock expires nothing, and setting it is detected as a jump.
-        _note(ctx, boot, now - since_boot, since_boot + ctx.config.clock_jump_pause, now)
+        _write_note(ctx, boot, now - since_boot, since_boot + ctx.config.clock_jump_pause, now)
         return (
             "the wall clock is behind the time of the last run, before this host was started; expiry and prune rest "
             f"for {show(ctx.config.clock_jump_pause)} (clock_jump_pause)"
         )
-    # A pause of the last boot goes on: its clock jumped, and starting the host again did not set it right.
+    # A pause from before the reboot goes on: the clock jumped then, and the reboot did not correct it.
     pause = float(note["until"]) - float(note["seen"]) - (now - float(note["wall"])) if note else 0.0
     pause = min(pause, ctx.config.clock_jump_pause)
-    _note(ctx, boot, now - since_boot, since_boot + pause if pause > 0 else 0.0, now)
+    _write_note(ctx, boot, now - since_boot, since_boot + pause if pause > 0 else 0.0, now)
     if pause > 0:
         return (
             "the wall clock jumped by more than a minute before this host was started; expiry and prune rest for "
@@ -127,9 +130,9 @@ def _clock_jumped(ctx: Context) -> str | None:
     return None
 
 
-def rests_until(ctx: Context) -> int | None:
-    """Return the wall time until which expiry and prune rest on this host, or None; looks only."""
-    _damaged, note = _read(ctx)
+def find_pause_end(ctx: Context) -> int | None:
+    """Return the wall time until which expiry and prune rest on this host, or None. Write nothing."""
+    _damaged, note = _read_note(ctx)
     remaining = (
         float(note.get("until") or 0) - ctx.clock.since_boot()
         if note and note["boot"] == json.loads(describe_process())["boot"]
@@ -138,14 +141,14 @@ def rests_until(ctx: Context) -> int | None:
     return ctx.clock.now() + int(remaining) + 1 if remaining > 0 else None
 
 
-def _key() -> str:
-    """Return the key of this host's note: another host on the same records has a clock of its own."""
+def _make_key() -> str:
+    """Return the key of this host's note. Each host on the same records has its own clock, so its own note."""
     return f"clock:{read_host_name()}"
 
 
-def _read(ctx: Context) -> tuple[bool, dict[str, Any] | None]:
+def _read_note(ctx: Context) -> tuple[bool, dict[str, Any] | None]:
     """Return whether this host's note is damaged, and the note. Release 1.0.0 had one for all hosts."""
-    text = ctx.records.read_meta(_key()) or ctx.records.read_meta("clock")
+    text = ctx.records.read_meta(_make_key()) or ctx.records.read_meta("clock")
     if text is None:
         return False, None
     try:
@@ -156,9 +159,9 @@ def _read(ctx: Context) -> tuple[bool, dict[str, Any] | None]:
         return True, None
 
 
-def _note(ctx: Context, boot: str, offset: float, until: float, now: int) -> None:
+def _write_note(ctx: Context, boot: str, offset: float, until: float, now: int) -> None:
     if not ctx.dry_run:
         ctx.records.set_meta(
-            _key(),
+            _make_key(),
             json.dumps({"boot": boot, "offset": offset, "until": until, "seen": ctx.clock.since_boot(), "wall": now}),
         )

@@ -2,11 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Judge a configuration before it replaces the one in force, back up the records, and tell what the daemon knows.
+"""Judge a configuration before it is installed, back up the records, and check which files the daemon has read.
 
-The role runs this on the host. ``secure`` protects the records when the release changes; ``settle`` tells whether the
-daemon has read the files on the disk. Every command prints one JSON object. Exit status 1 with a line on standard error
-means: refused, and nothing was changed.
+The role runs this on the host. ``check`` judges a configuration. ``records`` protects the records when the release
+changes. ``settled`` tells whether the daemon has read the files on the disk. Every command prints one JSON object. Exit
+status 1 with a line on standard error means: refused, and nothing was changed.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def main() -> int:
     records.add_argument("--keep", type=int, required=True)
     records.add_argument("--dry-run", action="store_true")
     settled = commands.add_parser(
-        "settled", help="whether the files are those that the daemon was last started or reloaded with"
+        "settled", help="tell whether the daemon was last started or reloaded with the present files"
     )
     settled.add_argument("--etc", type=Path, required=True)
     settled.add_argument("--lib", type=Path, required=True)
     settled.add_argument("--unit", type=Path, required=True)
-    settled.add_argument("--note", action="store_true", help="it was started or reloaded with them just now")
+    settled.add_argument("--note", action="store_true", help="the daemon has just been started or reloaded with them")
     arguments = parser.parse_args()
-    actions = {"check": judge, "records": secure, "settled": settle}
+    actions = {"check": judge_configuration, "records": back_up_records, "settled": check_settled}
     print(json.dumps(actions[arguments.command](arguments), sort_keys=True))
     return 0
 
@@ -70,7 +70,7 @@ def main() -> int:
 # ---- configuration ----
 
 
-def judge(arguments: argparse.Namespace) -> dict[str, Any]:
+def judge_configuration(arguments: argparse.Namespace) -> dict[str, Any]:
     """Judge a configuration as a whole, by the release that is to run, and as the user that it is to run as.
 
     Standard input is {"config.yaml": text, "cleanup.yaml": text, "ca.pem": text or null, "profiles": {name: text},
@@ -133,7 +133,7 @@ def judge(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _needs_restart(arguments: argparse.Namespace, config: dict[str, Any]) -> bool:
-    """Return whether a key has changed that the daemon reads only at its start."""
+    """Return whether a key has changed that the daemon reads only at its start. A damaged file counts as changed."""
     import yaml
 
     try:
@@ -156,7 +156,7 @@ def _import_core(release: Path, module: str) -> Any:
 # ---- records ----
 
 
-def secure(arguments: argparse.Namespace) -> dict[str, Any]:
+def back_up_records(arguments: argparse.Namespace) -> dict[str, Any]:
     """Back up the records before a change of release, and restore a backup when the records are too new for it.
 
     Returns {"schema", "known", "backup", "restored"}: the schema of the records, the schema of the release, the new
@@ -249,7 +249,7 @@ def _restore_records(copy: Path, database: Path) -> None:
 # ---- what the daemon has read ----
 
 
-def settle(arguments: argparse.Namespace) -> dict[str, Any]:
+def check_settled(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return {"settled", "noted"}: whether the daemon has read the present files.
 
     A run that is interrupted between writing a file and telling the daemon leaves the two different, and the next run

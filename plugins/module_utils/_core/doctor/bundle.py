@@ -40,7 +40,7 @@ def make_bundle(exam: Examination, report: Diagnosis, *, hosts: bool = False, ev
     config.update({name: getattr(exam.config, name) for name in exam.config.__slots__ if name != "proxmox"})
     live = context.records.find_all()
     content = {
-        "made_at": clock.iso(context.clock.now()),
+        "made_at": clock.format_utc(context.clock.now()),
         "system": {
             "kernel": platform.release(),
             "machine": platform.machine(),

@@ -33,7 +33,7 @@ def check_placement(exam: Examination) -> Iterable[Finding]:
         yield Finding(
             "placement",
             PROBLEM,
-            f"no node can take a new sandbox: {decision.why_none()}",
+            f"no node can take a new sandbox: {decision.explain_none()}",
             "free room on a node, or change the rules (placement in the configuration)",
             facts,
         )

@@ -30,7 +30,7 @@ def check_commands(exam: Examination) -> Iterable[Finding]:
     running = [
         sandbox
         for sandbox in exam.context.records.find_all(states.OPERATIONS["exec"].allowed)
-        if not sandbox.expired(exam.context.clock.now())
+        if not sandbox.has_expired(exam.context.clock.now())
     ]
     used = any(runs.list_runs(exam.context.records, sandbox, 1) for sandbox in running)
     if not exam.config.proxmox.is_root and name not in exam.standing.held.get(path, set()):

@@ -299,7 +299,7 @@ def check_work(exam: Examination) -> Iterable[Finding]:
     now = context.clock.now()
     live = context.records.find_all()
     may_expire = states.OPERATIONS["expire"].allowed
-    overdue = [sandbox.vmid for sandbox in live if sandbox.state in may_expire and sandbox.expired(now)]
+    overdue = [sandbox.vmid for sandbox in live if sandbox.state in may_expire and sandbox.has_expired(now)]
     waiting: list[str] = []
     doubtful: list[str] = []
     cut_off: list[str] = []
@@ -313,7 +313,7 @@ def check_work(exam: Examination) -> Iterable[Finding]:
     disks = workspace_disk.list_unfinished(context)
     facts = {"sandboxes": len(live), "overdue": overdue[:50], "cut_off": cut_off[:50]}
     unfinished: list[tuple[str, str]] = []
-    pause = timeguard.rests(context)
+    pause = timeguard.find_pause(context)
     if pause:
         unfinished.append((pause[1], _REST_ADVICE[pause[0]]))
     if overdue:

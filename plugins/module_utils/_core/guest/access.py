@@ -121,15 +121,16 @@ class Guest:
         """
         sandbox = ctx.records.get(sandbox.uuid)
         try:
-            states.check("exec", sandbox.state)
+            states.check_operation("exec", sandbox.state)
         except StateConflict as error:
             next_step = _NEXT_STEPS.get(sandbox.state, "Create a new sandbox").format(vmid=sandbox.vmid)
             error.message = f"{error.message.replace('run a command in', what, 1)}. {next_step}"
             raise
-        if sandbox.expired(ctx.clock.now()):
+        if sandbox.has_expired(ctx.clock.now()):
             raise StateConflict(
                 f"cannot {what} sandbox {sandbox.vmid}: its lease expired at "
-                f"{clock_module.iso(sandbox.lease_expires_at)} and it is about to become TIMEOUT. Create a new sandbox",
+                f"{clock_module.format_utc(sandbox.lease_expires_at)} and it is about to become TIMEOUT. Create a "
+                "new sandbox",
                 vmid=sandbox.vmid,
             )
         under_way = ctx.records.find_journal_entry(sandbox.uuid)
@@ -175,8 +176,8 @@ class Guest:
         """Wait for the end of a started wrapper, and return its answer; None when the answer is lost.
 
         ``expected``: seconds after which the answer is expected; the first poll is not sent earlier.
-        ``waiting.until`` does not fit here: the pauses follow the running time and the time of a request, and the
-        wrapper ends by itself.
+        ``waiting.wait_for_result`` does not fit here: the pauses follow the running time and the time of a request, and
+        the wrapper ends by itself.
         Raises GuestFailed for an answer in another form.
         """
         began = self.ctx.clock.monotonic()

@@ -56,7 +56,7 @@ class CloudInitFailed(AgentlabError):
 
 def check_data(data: str) -> None:
     """Raise InvalidInput for user data that cloud-init would ignore. No message quotes the data."""
-    if not patterns.encodable(data):
+    if not patterns.is_encodable(data):
         raise InvalidInput(
             "cloud_init_user_data: holds characters that UTF-8 cannot hold (half of a surrogate pair)",
             option="cloud_init_user_data",
@@ -295,7 +295,7 @@ def wait_for_end(ctx: Context, sandbox: Sandbox) -> None:
         # Judge it again after reading: the result counts only if the VM was ours.
         return errors if errors is not None and match_if_readable(ctx, sandbox) else None
 
-    errors = waiting.until(ctx.clock, ctx.wait_timeout, look)
+    errors = waiting.wait_for_result(ctx.clock, ctx.wait_timeout, look)
     if errors is None:
         raise TaskTimeout(
             f"sandbox {sandbox.vmid} runs, but its guest agent did not report the end of cloud-init within "

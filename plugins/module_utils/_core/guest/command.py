@@ -200,8 +200,8 @@ def list_runs(ctx: Context, sandbox: Sandbox) -> list[dict[str, Any]]:
             "program": run.program,
             "actor": run.actor,
             "detached": run.detached,
-            "started_at": clock_module.iso(run.started_at),
-            "updated_at": clock_module.iso(run.updated_at),
+            "started_at": clock_module.format_utc(run.started_at),
+            "updated_at": clock_module.format_utc(run.updated_at),
             "rc": run.detail.get("rc"),
             "signal": run.detail.get("signal"),
             "duration_ms": run.detail.get("duration_ms"),
@@ -237,7 +237,7 @@ def normalise_id(run_id: str) -> str:
     text = str(run_id).replace("-", "").lower()
     if not _ID.fullmatch(text):
         raise InvalidInput(
-            f"run_id: {patterns.quoted(run_id)} is no id of a run. Valid: 32 hexadecimal digits, with "
+            f"run_id: {patterns.quote_value(run_id)} is no id of a run. Valid: 32 hexadecimal digits, with "
             "dashes (a UUID) or without",
             option="run_id",
             value=str(run_id)[:80],
@@ -924,7 +924,7 @@ class _Command(_Run):
             sandbox = self.sandbox
         if sandbox.state == states.TIMEOUT:
             # Expiry stops the VM. Until then the command goes on, although the lease is over.
-            ended = clock_module.iso(sandbox.lease_expires_at)
+            ended = clock_module.format_utc(sandbox.lease_expires_at)
             text = (
                 f"sandbox {self.sandbox.vmid}: its lease ended at {ended}, and the command ended with it, so its exit "
                 f"status is not known (run_id={self.id}). Renew the lease while long work goes on (agentlab_lease), or "
@@ -951,7 +951,7 @@ class _Command(_Run):
                 # The start request reports whether the piece arrived.
                 pass
 
-        parallel.each(send_piece, numbers, _PARALLEL)
+        parallel.run_each(send_piece, numbers, _PARALLEL)
 
     def _make_excess_error(self) -> GuestFailed:
         """Return the error for more output than the wrapper can hold by ``max_output``."""
@@ -1021,7 +1021,7 @@ def read_held_file(
             on_piece(len(data))
         return data
 
-    return b"".join(parallel.each(read_part, list(range(offset, end, READ_PIECE)), _READERS))
+    return b"".join(parallel.run_each(read_part, list(range(offset, end, READ_PIECE)), _READERS))
 
 
 def _read_piece(guest: Guest, run_id: str, folder: str, name: str, offset: int, count: int) -> bytes:

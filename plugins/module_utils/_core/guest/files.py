@@ -220,7 +220,7 @@ class _Upload:
 
         missing = list(range(last))
         for _attempt in range(_TRIES):
-            parallel.each(send_piece, missing, _PARALLEL)
+            parallel.run_each(send_piece, missing, _PARALLEL)
             data = self._read_piece(last)
             values = {
                 **base,

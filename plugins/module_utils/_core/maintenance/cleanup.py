@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import clock as clock_module
 from .. import rules, states, timeguard
-from ..context import Context, failure
+from ..context import Context, make_failure
 from ..durations import show
 from ..errors import AgentlabError, Busy, Frozen, GuardTripped, Kept
 from ..model import Outcome, Sandbox
@@ -67,17 +67,22 @@ def freeze(ctx: Context, reason: str) -> dict[str, Any]:
 
     The freeze outlives restarts. If the rules are frozen already, the first freeze and its reason stay.
     """
-    known = timeguard.frozen(ctx)
+    known = timeguard.read_freeze(ctx)
     if known:
         return known
-    freeze_note = {"reason": reason, "at": clock_module.iso(ctx.clock.now()), "actor": ctx.actor, "leases": False}
+    freeze_note = {
+        "reason": reason,
+        "at": clock_module.format_utc(ctx.clock.now()),
+        "actor": ctx.actor,
+        "leases": False,
+    }
     ctx.records.set_meta(FROZEN, json.dumps(freeze_note))
     return freeze_note
 
 
 def release(ctx: Context) -> dict[str, Any] | None:
     """Release the rules, and return the freeze that was in force, or None."""
-    known = timeguard.frozen(ctx)
+    known = timeguard.read_freeze(ctx)
     if known:
         ctx.records.set_meta(FROZEN, None)
     return known
@@ -99,7 +104,7 @@ def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
 def _run_rules(ctx: Context, policy: rules.Policy) -> CleanupResult:
     """Choose the sandboxes, check the guard, and apply the rules; in a dry run, only plan them."""
     looking = ctx.dry_run
-    stopped = timeguard.frozen(ctx)
+    stopped = timeguard.read_freeze(ctx)
     if stopped and not looking:
         raise Frozen(
             f"cleanup is frozen since {stopped['at'] or 'an unknown time'} ({stopped['reason']}); look at what it "
@@ -107,7 +112,7 @@ def _run_rules(ctx: Context, policy: rules.Policy) -> CleanupResult:
             **stopped,
         )
     report = CleanupResult(dry_run=looking)
-    pause_reason = timeguard.rests(ctx)
+    pause_reason = timeguard.find_pause(ctx)
     live = ctx.records.find_all()
     chosen = _choose_rules(ctx, policy, live, pause_reason, report)
     doomed = [sandbox for rule, sandbox in chosen if rule.action == rules.DESTROY]
@@ -159,7 +164,7 @@ def _choose_rules(
     now = ctx.clock.now()
     chosen = []
     for sandbox in live:
-        rule = policy.rule_for(sandbox)
+        rule = policy.find_rule(sandbox)
         if rule is None:
             continue
         if rule.action == rules.KEEP:
@@ -200,13 +205,13 @@ def _apply_rule(ctx: Context, rule: rules.CleanupRule, chosen: list[Sandbox], re
         )
         _add_outcomes(report, pruned)
         return
-    for outcome in acting.each(lambda sandbox: _give_creation_up(acting, rule, sandbox), chosen):
+    for outcome in acting.run_each(lambda sandbox: _give_creation_up(acting, rule, sandbox), chosen):
         {"failed": report.failed, "kept": report.kept}.get(outcome.outcome, report.marked).append(outcome)
 
 
 def _refuse_frozen(ctx: Context, sandbox: Sandbox) -> None:
     """Raise Kept when a person has frozen cleanup during the run."""
-    if timeguard.frozen(ctx):
+    if timeguard.read_freeze(ctx):
         raise Kept("changed", f"sandbox {sandbox.vmid}: cleanup was frozen while it ran; release it")
 
 
@@ -224,7 +229,7 @@ def _give_creation_up(ctx: Context, rule: rules.CleanupRule, planned: Sandbox) -
             "kept", planned, reason=error.reason if isinstance(error, Kept) else "busy", message=error.message
         )
     except AgentlabError as error:
-        return failure(planned, error)
+        return make_failure(planned, error)
 
 
 def _add_outcomes(report: CleanupResult, more: prune.PruneResult) -> None:

@@ -65,7 +65,7 @@ def select(ctx: Context, selection: Selection) -> tuple[list[Sandbox], list[Outc
     now = ctx.clock.now()
     candidates: list[Sandbox] = []
     kept: list[Outcome] = []
-    pause_reason = timeguard.rests(ctx)
+    pause_reason = timeguard.find_pause(ctx)
     for sandbox in ctx.records.find_all(list(dict.fromkeys(selection.states))):
         if selection.tags and not set(selection.tags) & set(sandbox.tags):
             continue
@@ -207,7 +207,7 @@ def plan(ctx: Context, candidates: list[Sandbox], report: PruneResult) -> None:
         except AgentlabError as error:
             return Outcome.of("failed", sandbox, reason=error.code, message=error.message, failed=True)
 
-    planned = ctx.each(plan_sandbox, candidates)
+    planned = ctx.run_each(plan_sandbox, candidates)
     proofs = ctx.cluster.prove_absent([sandbox.vmid for sandbox in absent], anew=False) if absent else {}
     for sandbox, outcome in zip(candidates, planned, strict=True):
         if outcome is None:

@@ -252,7 +252,7 @@ def _survey_records(
             known_vms.note(sandbox, now)
         return drift
 
-    compared = ctx.each(compare, records)
+    compared = ctx.run_each(compare, records)
     drifts = {sandbox.uuid: drift for sandbox, drift in zip(records, compared, strict=True) if drift is not None}
     if not unrecorded:
         return drifts, []
@@ -279,7 +279,7 @@ def _apply_drift(drift: Drift) -> None:
 def _expire_leases(ctx: Context, apply: bool) -> list[Drift]:
     """Return the drift of expired leases; ``apply``: expire them. A running daemon also expires leases by itself."""
     if not apply:
-        pause_reason = timeguard.suspended(ctx)
+        pause_reason = timeguard.explain_pause(ctx)
         if pause_reason:
             return []
         now = ctx.clock.now()
@@ -368,7 +368,7 @@ def _finish_interrupted(ctx: Context, only: set[str] | None = None) -> list[Drif
                 drift.applied = True
             else:
                 drift.action = "journal closed"
-                with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+                with ctx.claim_sandbox(sandbox, "reconcile", wait=0) as (claim, current):
                     if entry.kind == "create":
                         current = _finish_creation(ctx, claim, current, drift)
                     elif entry.kind == "start":
@@ -400,7 +400,7 @@ def _finish_destroy(ctx: Context, entry: JournalEntry, sandbox: Sandbox, drift: 
                 return
         except (Kept, StateConflict) as refused:
             drift.action = f"destroy given up: {refused.message}"
-            with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+            with ctx.claim_sandbox(sandbox, "reconcile", wait=0) as (claim, current):
                 # Only the creation's journal entry identifies an unbound VM, and a later destroy needs that entry.
                 creation = entry.creation if current.smbios_uuid is None else None
                 ctx.records.change(
@@ -445,7 +445,7 @@ def _refuse_chosen(ctx: Context, entry: JournalEntry) -> None:
     """
     if entry.destroy.operation == "cleanup":
         raise Kept("rule", "a cleanup rule had chosen it; the next run of the rules decides anew")
-    if entry.destroy.operation == "prune" and (pause_reason := timeguard.suspended(ctx)):
+    if entry.destroy.operation == "prune" and (pause_reason := timeguard.explain_pause(ctx)):
         raise Kept("clock_jumped", pause_reason)
 
 
@@ -454,7 +454,7 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
 
     ``evidence`` is stored in the event. Raises Busy while a run works on the sandbox, and Kept if its state changed.
     """
-    with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+    with ctx.claim_sandbox(sandbox, "reconcile", wait=0) as (claim, current):
         if current.state != sandbox.state:
             raise Kept("changed", f"sandbox {sandbox.vmid} was {sandbox.state} and is {current.state} now")
         unfinished = claim.interrupted
@@ -556,7 +556,7 @@ def _find_absence_drift(ctx: Context, sandbox: Sandbox, kind: str, evidence: dic
     def mark() -> None:
         ctx.cluster.require_quorum()
         ctx.cluster.confirm()
-        with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+        with ctx.claim_sandbox(sandbox, "reconcile", wait=0) as (claim, current):
             if (current.state, current.generation) != (sandbox.state, sandbox.generation):
                 raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
             try:
@@ -646,7 +646,7 @@ def _make_follow(ctx: Context, sandbox: Sandbox, vm_state: str, located: Located
     """Return the repair that sets the record to the power state of the VM."""
 
     def work() -> None:
-        with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+        with ctx.claim_sandbox(sandbox, "reconcile", wait=0) as (claim, current):
             if (current.state, current.generation) != (sandbox.state, sandbox.generation):
                 raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
             power.follow_vm(ctx, claim, current, "reconcile", vm_state, located)
@@ -669,7 +669,7 @@ def _make_move(
     """Return the repair that moves the sandbox to the state ``target``, and sets these values of the record."""
 
     def work() -> None:
-        with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+        with ctx.claim_sandbox(sandbox, "reconcile", wait=0) as (claim, current):
             if (current.state, current.generation) != (sandbox.state, sandbox.generation):
                 raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
             ctx.records.change(
@@ -770,7 +770,7 @@ def _find_unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[S
             vmid=vmid,
         )
 
-    return [drift for drift in ctx.each(look, suspects) if drift is not None]
+    return [drift for drift in ctx.run_each(look, suspects) if drift is not None]
 
 
 def _is_in_range(ctx: Context, vmid: int) -> bool:

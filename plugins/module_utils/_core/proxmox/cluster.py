@@ -393,7 +393,9 @@ class Cluster:
         }
 
     def _ask_for_each(self, vmids: list[int], quorum: dict[str, Any]) -> dict[int, Presence]:
-        presences = parallel.each(lambda vmid: self._ask_nextid(vmid, quorum), vmids, self._client.settings.connections)
+        presences = parallel.run_each(
+            lambda vmid: self._ask_nextid(vmid, quorum), vmids, self._client.settings.connections
+        )
         return dict(zip(vmids, presences, strict=True))
 
     def is_in_use(self, vmid: int) -> bool:

@@ -28,7 +28,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..config import ProxmoxSettings
-from ..errors import AccessDenied, InvalidInput, OutcomeUnknown, ProxmoxError, Unreachable, out_of_descriptors
+from ..errors import AccessDenied, InvalidInput, OutcomeUnknown, ProxmoxError, Unreachable, is_out_of_descriptors
 from . import answers
 
 MISSING_LIBRARY: str | None = None
@@ -216,7 +216,7 @@ class Https:
         except requests.exceptions.ConnectionError as error:
             if "Read timed out" in str(error):
                 raise answers.make_timeout_error(method, path, settings) from None
-            if out_of_descriptors():
+            if is_out_of_descriptors():
                 raise answers.make_descriptor_error(path) from None
             if any(name in str(error) for name in _NEVER_CONNECTED):
                 raise Unreachable(
@@ -244,7 +244,7 @@ class Https:
             # proxmoxer reads the key "data" of every answer, also of a list or a text.
             raise self._make_nonsense_error(method, path, too_deep=isinstance(error, RecursionError)) from None
         except OSError as error:
-            if out_of_descriptors(error):
+            if is_out_of_descriptors(error):
                 raise answers.make_descriptor_error(path) from None
             # requests reads the file in ca_path before it connects.
             raise Unreachable(f"{where}: {error}; is ca_path right?", path=path) from None
@@ -252,7 +252,7 @@ class Https:
     def _make_tls_error(self, method: str, path: str, error: Exception) -> ProxmoxError:
         """Return Unreachable for a refused certificate or a port without TLS; OutcomeUnknown for a cut connection."""
         text, settings = str(error), self._settings
-        if out_of_descriptors():
+        if is_out_of_descriptors():
             return answers.make_descriptor_error(path)
         harmless = method == "GET" or path == "access/ticket"
         if not (_TLS_REFUSED.search(text) or (_NO_TLS in text and harmless)):
@@ -296,7 +296,7 @@ class Https:
 
     def _make_proxy_error(self, path: str, error: Exception) -> Unreachable:
         name, shown = self._find_proxy() or ("the environment", "")
-        if out_of_descriptors():
+        if is_out_of_descriptors():
             return answers.make_descriptor_error(path)
         refused = re.search(r"Tunnel connection failed: ([^'\"\\)]+)", str(error))
         problem = f"refuses ({refused[1].strip()})" if refused else f"cannot be reached ({_find_reason(error)})"

@@ -28,7 +28,7 @@ import subprocess
 from typing import Any
 
 from ..config import ENVIRONMENT, ProxmoxSettings
-from ..errors import ApiError, InvalidInput, OutcomeUnknown, ProxmoxError, Unreachable, out_of_descriptors
+from ..errors import ApiError, InvalidInput, OutcomeUnknown, ProxmoxError, Unreachable, is_out_of_descriptors
 from . import answers
 
 _COMMANDS = {"GET": "get", "POST": "create", "PUT": "set", "DELETE": "delete"}
@@ -231,7 +231,7 @@ class Pvesh:
                 complaint.seek(0)
                 return status, output.read().decode(errors="replace"), complaint.read(65536).decode(errors="replace")
         except OSError as error:
-            if out_of_descriptors(error):
+            if is_out_of_descriptors(error):
                 raise answers.make_descriptor_error(path) from None
             raise Unreachable(
                 f"{method} /{path} on {settings.where}: pvesh cannot be started: {error.strerror}; Proxmox was not "

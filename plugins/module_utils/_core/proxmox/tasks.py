@@ -59,7 +59,7 @@ class TaskWaiter:
     """Wait for tasks, from any number of threads. Use one waiter for a whole run.
 
     One thread polls a node, at most every ``interval`` seconds, and hands the results to the other threads that wait
-    for tasks of that node. So ``waiting.until`` cannot be used here.
+    for tasks of that node. So ``waiting.wait_for_result`` cannot be used here.
     """
 
     def __init__(self, client: ProxmoxClient, clock: Clock, interval: float) -> None:

@@ -320,7 +320,7 @@ def _bind_cut_clone(creation: Creation) -> bool:
             deadline = now + patience
         return False if now > deadline else None
 
-    return waiting.until(ctx.clock, ctx.wait_timeout, look, pause=min(0.5, patience), longest=0.5) or False
+    return waiting.wait_for_result(ctx.clock, ctx.wait_timeout, look, pause=min(0.5, patience), longest=0.5) or False
 
 
 def _await_doubt(creation: Creation, doubt: CreationNote) -> Located:
@@ -344,7 +344,7 @@ def _await_doubt(creation: Creation, doubt: CreationNote) -> Located:
             return None
         return None if located.verdict and located.verdict.identity == identity.UNKNOWN else located
 
-    located = waiting.until(ctx.clock, ctx.wait_timeout, look, pause=1.0, longest=1.0)
+    located = waiting.wait_for_result(ctx.clock, ctx.wait_timeout, look, pause=1.0, longest=1.0)
     if located is not None:
         return located
     raise last_refusal or Kept(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import states
-from ..context import Context, failure
+from ..context import Context, make_failure
 from ..errors import AgentlabError, Busy, Kept, ProxmoxError, StateConflict
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
@@ -106,7 +106,7 @@ def _remove_and_close(ctx: Context, items: list[tuple[Sandbox, Request]], claime
                 failed=True,
             )
         except AgentlabError as error:
-            return failure(_read_current(ctx, sandbox), error)
+            return make_failure(_read_current(ctx, sandbox), error)
 
     if len(items) == 1 and items[0][0].state == states.STOPPED and items[0][0].node:
         # Look on the sandbox's own node first: that saves the request for the list.
@@ -115,7 +115,7 @@ def _remove_and_close(ctx: Context, items: list[tuple[Sandbox, Request]], claime
         # An unreadable list is reported with each item later.
         with contextlib.suppress(ProxmoxError):
             ctx.cluster.survey([sandbox.vmid for sandbox, _request in items])
-    results = ctx.each(remove_vm, items)
+    results = ctx.run_each(remove_vm, items)
     gone = [result for result in results if isinstance(result, Gone)]
     if not gone:
         return [result for result in results if isinstance(result, Outcome)]
@@ -125,7 +125,10 @@ def _remove_and_close(ctx: Context, items: list[tuple[Sandbox, Request]], claime
     proven = [vm for vm in gone if proofs[vm.sandbox.vmid].absent]
     closing = set(map(id, proven))
     unproven = [vm for vm in gone if id(vm) not in closing]
-    outcomes = [*_close_records(ctx, proven, proofs), *ctx.each(lambda vm: _close_or_keep(ctx, vm, proofs), unproven)]
+    outcomes = [
+        *_close_records(ctx, proven, proofs),
+        *ctx.run_each(lambda vm: _close_or_keep(ctx, vm, proofs), unproven),
+    ]
     finished = dict(zip(map(id, [*proven, *unproven]), outcomes, strict=True))
     return [finished[id(result)] if isinstance(result, Gone) else result for result in results]
 
@@ -143,7 +146,7 @@ def destroy_several(ctx: Context, sandboxes: list[Sandbox], force: bool) -> list
             else:
                 todo.append(sandbox)
         except AgentlabError as error:
-            outcomes[sandbox.uuid] = failure(sandbox, error)
+            outcomes[sandbox.uuid] = make_failure(sandbox, error)
     destroyed = run(ctx, [(sandbox, Request(force=force)) for sandbox in todo]) if todo else []
     outcomes.update(zip((sandbox.uuid for sandbox in todo), destroyed, strict=True))
     return [outcomes[sandbox.uuid] for sandbox in sandboxes]
@@ -162,7 +165,7 @@ def _plan_outcome(ctx: Context, sandbox: Sandbox, force: bool) -> Outcome:
             changed=True,
         )
     except (Kept, Busy, StateConflict) as error:
-        return failure(sandbox, error)
+        return make_failure(sandbox, error)
 
 
 def _read_current(ctx: Context, sandbox: Sandbox) -> Sandbox:
@@ -181,7 +184,7 @@ def _close_records(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> 
     except AgentlabError as error:
         for gone in proven:
             ctx.records.release(gone.claim)
-        return [failure(_read_current(ctx, gone.sandbox), error) for gone in proven]
+        return [make_failure(_read_current(ctx, gone.sandbox), error) for gone in proven]
 
 
 def _close_together(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> list[Outcome]:
@@ -321,4 +324,4 @@ def _close_or_keep(ctx: Context, gone: Gone, proofs: dict[int, Any]) -> Outcome:
                 upids=gone.upids,
                 warnings=gone.warnings,
             )
-        return failure(now, error)
+        return make_failure(now, error)

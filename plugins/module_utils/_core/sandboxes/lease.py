@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from .. import clock as clock_module
 from .. import durations, states, timeguard
-from ..context import Context, failure
+from ..context import Context, make_failure
 from ..errors import AgentlabError, Busy, InvalidInput, Kept, RecordChanged, StateConflict
 from ..model import Outcome, Sandbox
 from ..store import overview
@@ -42,7 +42,7 @@ def renew(
         )
     for _attempt in range(5):
         now = ctx.clock.now()
-        states.check("renew_lease", sandbox.state)
+        states.check_operation("renew_lease", sandbox.state)
         under_way = ctx.records.find_journal_entry(sandbox.uuid)
         if under_way is not None and under_way.kind == "destroy":
             # Refuse even when nothing would be written: "unchanged" would promise a lease to a dying VM.
@@ -55,8 +55,8 @@ def renew(
         over = current <= now
         if over and not timeguard.hold_leases(ctx):
             raise StateConflict(
-                f"cannot renew lease of sandbox {sandbox.vmid}: it expired at {clock_module.iso(current)} and is "
-                "about to become TIMEOUT. Create a new sandbox",
+                f"cannot renew lease of sandbox {sandbox.vmid}: it expired at {clock_module.format_utc(current)} and "
+                "is about to become TIMEOUT. Create a new sandbox",
                 vmid=sandbox.vmid,
             )
         new_end = now + ttl
@@ -105,10 +105,10 @@ def _make_renewal_outcome(
         sandbox,
         changed=changed,
         extra={
-            "lease_expires_at": clock_module.iso(expires_at),
+            "lease_expires_at": clock_module.format_utc(expires_at),
             "granted_seconds": max(0, expires_at - now),
             "capped": capped,
-            "was": clock_module.iso(was),
+            "was": clock_module.format_utc(was),
         },
     )
 
@@ -129,7 +129,7 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
     All records are moved before the first VM is stopped, so that a slow stop delays no other expiry.
     """
     ctx.records.in_pass = True
-    result = Expiry(suspended=timeguard.suspended(ctx))
+    result = Expiry(suspended=timeguard.explain_pause(ctx))
     if result.suspended:
         return result
     now = ctx.clock.now()
@@ -163,7 +163,7 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
             )
     if stop_vms:
         for outcome, problem in zip(
-            result.expired, ctx.each(lambda timed_out: stop_expired(ctx, timed_out), moved), strict=False
+            result.expired, ctx.run_each(lambda timed_out: stop_expired(ctx, timed_out), moved), strict=False
         ):
             outcome.message = problem
     return result
@@ -187,7 +187,7 @@ def _renew_by_itself(ctx: Context, sandbox: Sandbox, until: int) -> Outcome:
     try:
         renewed = ctx.records.renew(sandbox, until, now, keepalive=True, evidence={"was": sandbox.lease_expires_at})
     except RecordChanged as error:
-        return failure(sandbox, error)
+        return make_failure(sandbox, error)
     return _make_renewal_outcome("renewed", renewed, until, now, False, changed=True)
 
 
@@ -204,7 +204,7 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
     from ..vm.locate import HIBERNATED, locate, refuse_locked
 
     try:
-        with ctx.claimed(sandbox, "stop", wait=0) as (claim, current):
+        with ctx.claim_sandbox(sandbox, "stop", wait=0) as (claim, current):
             if current.state != states.TIMEOUT:
                 return None
             located = locate(ctx, current)
@@ -237,7 +237,7 @@ def stop_leftovers(ctx: Context, handled: Collection[str] = ()) -> list[tuple[Sa
     with None, or with the reason why its VM was not stopped.
     """
     running = find_leftovers(ctx, handled)
-    return list(zip(running, ctx.each(lambda sandbox: stop_expired(ctx, sandbox), running), strict=True))
+    return list(zip(running, ctx.run_each(lambda sandbox: stop_expired(ctx, sandbox), running), strict=True))
 
 
 def find_leftovers(ctx: Context, handled: Collection[str] = ()) -> list[Sandbox]:

@@ -168,7 +168,7 @@ class NodeChoice:
             node = dataclasses.replace(node, storage=storage or own, disk=self._wish.disk if full or storage else 0)
         bridges = _list_bridges(spec, config or {})
         if bridges and (spec.bridge or spec.second_bridge or name != owner):
-            node_bridges = ctx.once(("bridges", name), lambda: capacity.read_bridges(ctx.client, name))
+            node_bridges = ctx.read_once(("bridges", name), lambda: capacity.read_bridges(ctx.client, name))
             if node_bridges is not None and not bridges <= node_bridges:
                 missing = ", ".join(sorted(bridges - node_bridges))
                 node = dataclasses.replace(node, refused=("bridge", f"it has no bridge or vnet {missing}"))
@@ -264,7 +264,7 @@ class NodeChoice:
             )
         reasons = {verdict.reason for verdict in verdicts}
         option = _OPTION_OF.get(next(iter(reasons)), "node") if len(reasons) == 1 else "node"
-        why = self.decision.why_none() if self.decision else "no node is listed"
+        why = self.decision.explain_none() if self.decision else "no node is listed"
         return CreationFailed(
             f"{option}: no node can take the sandbox, and nothing is left behind. {why}. Free room there, ask for "
             "less, or see agentlab_doctor",

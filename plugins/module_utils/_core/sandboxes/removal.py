@@ -111,7 +111,7 @@ def check(ctx: Context, sandbox: Sandbox, force: bool, clean_up: bool = False) -
 
     Raises StateConflict for a state that forbids it, and Kept for a protected sandbox.
     """
-    todo = states.check("force_destroy" if force else "destroy", sandbox.state)
+    todo = states.check_operation("force_destroy" if force else "destroy", sandbox.state)
     if todo and sandbox.protected and not clean_up:
         raise Kept("protected", f"sandbox {sandbox.vmid} is protected", remedy="unprotect")
     return todo
@@ -520,7 +520,7 @@ def refuse_running(ctx: Context, sandbox: Sandbox, located: Located) -> None:
     """Raise StateConflict unless the VM is switched off. The message names the VM's real state, not the record's."""
     vm_state = read_power_state(sandbox, power.read_status(ctx, located), located.config)
     if vm_state != states.STOPPED:
-        raise states.refuse("destroy", vm_state)
+        raise states.make_conflict("destroy", vm_state)
 
 
 def was_never_cloned(sandbox: Sandbox, created: CreationNote | None) -> bool:
@@ -580,7 +580,7 @@ def _write_mark(ctx: Context, request: Request, located: Located) -> None:
     verdict = located.verdict
     if verdict is None or verdict.digest is None:
         raise Kept("unknown", "Proxmox gave no digest with the VM's configuration; without it nothing is deleted")
-    note = identity.add_deletion_note(verdict.config or {}, request.operation, clock_module.iso(ctx.clock.now()))
+    note = identity.add_deletion_note(verdict.config or {}, request.operation, clock_module.format_utc(ctx.clock.now()))
     ctx.client.put(f"{located.path}/config", description=note, digest=verdict.digest)
 
 

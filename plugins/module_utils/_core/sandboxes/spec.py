@@ -93,12 +93,12 @@ class Spec:
     def check(self) -> None:
         """Raise InvalidInput with the name of an option that Proxmox would refuse later, or could misread."""
         for option, word in _WORDS.items():
-            patterns.match(option, getattr(self, option), word)
+            patterns.check_value(option, getattr(self, option), word)
         patterns.check_nameserver("nameserver", self.nameserver)
         patterns.check_ip_config("ip_config", self.ip_config)
         patterns.check_ip_config("second_ip_config", self.second_ip_config)
         for tag in self.tags:
-            patterns.match("tags", tag, patterns.TAG)
+            patterns.check_value("tags", tag, patterns.TAG)
         if self.vmid is not None:
             patterns.read_vmid("vmid", self.vmid)
         if self.storage and self.full_clone is False:
@@ -111,7 +111,7 @@ class Spec:
             number = patterns.read_whole(value)
             if value is not None and (number is None or not low <= number <= high):
                 raise InvalidInput(
-                    f"{option}: {patterns.shown(value)} is not valid. Valid: {patterns.describe_number(option)}",
+                    f"{option}: {patterns.show_value(value)} is not valid. Valid: {patterns.describe_number(option)}",
                     option=option,
                     value=value,
                 )
@@ -127,7 +127,7 @@ class Spec:
             )
         if self.description is not None and (
             len(self.description) > _LONGEST_DESCRIPTION
-            or not patterns.encodable(self.description)
+            or not patterns.is_encodable(self.description)
             or re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", self.description)
             or identity.is_ours(self.description)
         ):
@@ -153,7 +153,7 @@ class Spec:
                     )
         password = self.cloud_init_password
         if password is not None and not (
-            password and password.isprintable() and patterns.encodable(password) and len(password) <= 1000
+            password and password.isprintable() and patterns.is_encodable(password) and len(password) <= 1000
         ):
             raise InvalidInput(
                 "cloud_init_password: that value is not valid. Valid: a text in one line of 1000 characters at most",

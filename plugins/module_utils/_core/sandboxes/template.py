@@ -225,7 +225,7 @@ def read(ctx: Context, vmid: int, node: str, *, listed: bool = True) -> Template
     ``listed``: the VM list marks the VM as a template. Then an unreadable configuration is no error.
     """
     try:
-        config = ctx.once(("config", node, vmid), lambda: ctx.client.get_dict(f"nodes/{node}/qemu/{vmid}/config"))
+        config = ctx.read_once(("config", node, vmid), lambda: ctx.client.get_dict(f"nodes/{node}/qemu/{vmid}/config"))
         return Template(vmid, node, config)
     except AccessDenied as error:
         if listed:
@@ -304,7 +304,7 @@ def _check_storage(ctx: Context, storage: str | None, node: str) -> None:
     """Raise InvalidInput for a storage that the node does not have for disks of VMs."""
     if storage is None:
         return
-    rows = ctx.once(("storages", node), lambda: ctx.client.get_list(f"nodes/{node}/storage", content="images"))
+    rows = ctx.read_once(("storages", node), lambda: ctx.client.get_list(f"nodes/{node}/storage", content="images"))
     # Without the right to see storages the list is empty, which proves nothing.
     if rows and not any(row.get("storage") == storage for row in rows):
         names = ", ".join(sorted(str(row.get("storage")) for row in rows))

@@ -167,7 +167,7 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
         if plan.needs_stop:
             _check_restart(ctx, sandbox, spec, plan, power.read_status(ctx, plan.located))
         return plan.make_outcome("would_update", sandbox) if plan.new else Outcome.of("unchanged", sandbox)
-    with ctx.claimed(sandbox, "update") as (claim, current):
+    with ctx.claim_sandbox(sandbox, "update") as (claim, current):
         refuse_cut_off(claim, current)
         located = require_match(ctx, current)
         plan = _Plan(current, requested, located)

@@ -56,7 +56,7 @@ def _write_freeze(records: Records, reason: str) -> None:
     known = read_freeze(records)
     if known:
         reason = f"{known['reason']}; and {reason}"
-    at = clock_module.iso(records.clock.now())
+    at = clock_module.format_utc(records.clock.now())
     note = {"reason": reason, "at": at, "actor": records.actor, "leases": True}
     records.set_meta(FROZEN, json.dumps(note))
 

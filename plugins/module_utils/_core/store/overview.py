@@ -19,7 +19,7 @@ def list_expired(records: Records, now: int) -> list[Sandbox]:
     rows = records.db.read_as(
         read_sound_sandbox, f"{SELECT} WHERE {LIVE} AND lease_expires_at <= ? ORDER BY lease_expires_at", now
     )
-    return [sandbox for sandbox in rows if sandbox is not None and sandbox.expired(now)]
+    return [sandbox for sandbox in rows if sandbox is not None and sandbox.has_expired(now)]
 
 
 def read_next_lease_end(records: Records) -> int | None:

@@ -623,7 +623,7 @@ class Records:
                 vmid=sandbox.vmid,
             )
         # Every write raises the generation. The generation was unchanged, so all other columns were unchanged too.
-        return sandbox.written(new)
+        return sandbox.copy_with(new)
 
     def _read_state(self, conn: Connection, sandbox: Sandbox) -> str:
         row = conn.execute("SELECT state FROM sandboxes WHERE uuid = ?", (sandbox.uuid,)).fetchone()
@@ -843,7 +843,7 @@ class Records:
             query = f"SELECT uuid, state, generation FROM sandboxes WHERE {LIVE} AND lease_expires_at <= ?"
             over = {tuple(row) for row in conn.execute(query, (now,))}
             moved: list[Sandbox | None] = [
-                sandbox.written(new) if (sandbox.uuid, sandbox.state, sandbox.generation) in over else None
+                sandbox.copy_with(new) if (sandbox.uuid, sandbox.state, sandbox.generation) in over else None
                 for sandbox in sandboxes
             ]
             before = [sandbox for sandbox, after in zip(sandboxes, moved, strict=True) if after is not None]
@@ -879,7 +879,7 @@ class Records:
                 if sandbox is None or not states.can_follow(sandbox.state, to):
                     moved.append(None)
                     continue
-                moved.append(sandbox.written(self._make_transition(to, ending.reason, now)))
+                moved.append(sandbox.copy_with(self._make_transition(to, ending.reason, now)))
                 by_reason.setdefault(ending.reason, []).append(sandbox)
                 texts = _format_json(ending.evidence), _format_json(list(ending.upids))
                 facts = (sandbox.state, to, ending.reason, *texts, "done")

@@ -78,7 +78,7 @@ def copy_records(source: str, target: str, passwords: tuple[str | None, str | No
             try:
                 engines.append(open_database(address.text, password=password or address.password))
             except StoreUnavailable as error:
-                raise StoreError(f"--copy-records: {side}: {error.told_once('nothing was copied')}") from error
+                raise StoreError(f"--copy-records: {side}: {error.explain_once('nothing was copied')}") from error
             stack.callback(engines[-1].close)
         try:
             return _copy_rows(*engines)
@@ -87,7 +87,7 @@ def copy_records(source: str, target: str, passwords: tuple[str | None, str | No
                 "the copy is written as a whole or not at all: where it was carried out, the next run says that TO is "
                 "not empty"
             )
-            raise StoreError(f"--copy-records: {error.told_once(fate)}") from error
+            raise StoreError(f"--copy-records: {error.explain_once(fate)}") from error
 
 
 class _NewFile:

@@ -92,10 +92,10 @@ class Workspace:
             "sandbox": self.sandbox,
             "sandbox_uuid": self.sandbox_uuid,
             "device": f"/dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_{self.serial}",
-            "lease_expires_at": clock_module.iso(self.lease_expires_at),
-            "created_at": clock_module.iso(self.created_at),
-            "updated_at": clock_module.iso(self.updated_at),
-            "state_changed_at": clock_module.iso(self.state_changed_at),
+            "lease_expires_at": clock_module.format_utc(self.lease_expires_at),
+            "created_at": clock_module.format_utc(self.created_at),
+            "updated_at": clock_module.format_utc(self.updated_at),
+            "state_changed_at": clock_module.format_utc(self.state_changed_at),
             "reason": self.reason,
         }
 
@@ -179,7 +179,7 @@ class Workspaces:
         return [
             dict(
                 row,
-                at=clock_module.iso(row["at"]) if isinstance(row["at"], int) else None,
+                at=clock_module.format_utc(row["at"]) if isinstance(row["at"], int) else None,
                 evidence=parse_json(row, "workspace_events", "evidence"),
                 upids=parse_json(row, "workspace_events", "upids", list),
             )

@@ -58,14 +58,14 @@ def verify_sandboxes(ctx: Context, sandboxes: list[Sandbox], identities: bool = 
         answer = {"vm_status": _show_status(row), "identity": verdict, "drift": _describe_drift(sandbox, row, verdict)}
         ip = looks.look_up(sandbox, located) if located.match else None
         if ip is not None:
-            answer.update(ip=ip, ip_seen_at=clock.iso(ctx.clock.now()))
+            answer.update(ip=ip, ip_seen_at=clock.format_utc(ctx.clock.now()))
             if sandbox.ip not in (None, ip) and answer["drift"] is None:
                 answer["drift"] = (
                     f"the record has the address {sandbox.ip}, the guest has {ip}; reconcile corrects the record"
                 )
         return answer
 
-    return ctx.each(compare, sandboxes) if identities else [compare(sandbox) for sandbox in sandboxes]
+    return ctx.run_each(compare, sandboxes) if identities else [compare(sandbox) for sandbox in sandboxes]
 
 
 def _show_status(row: dict[str, Any]) -> Any:

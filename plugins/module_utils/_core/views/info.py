@@ -51,7 +51,7 @@ def find(ctx: Context, filters: Filter) -> list[Sandbox]:
         if (filters.states is None or sandbox.state in filters.states)
         and (filters.profile is None or sandbox.profile == filters.profile)
         and (not filters.tags or set(filters.tags) & set(sandbox.tags))
-        and (filters.expired is None or sandbox.expired(now) == filters.expired)
+        and (filters.expired is None or sandbox.has_expired(now) == filters.expired)
     ]
 
 
@@ -101,4 +101,4 @@ def _read_connections(ctx: Context) -> dict[str | None, str | None]:
 
 def format_event(row: dict[str, Any]) -> dict[str, Any]:
     """Return an event in the shape of answers, with its time in UTC."""
-    return {**row, "at": clock_module.iso(row["at"])}
+    return {**row, "at": clock_module.format_utc(row["at"])}

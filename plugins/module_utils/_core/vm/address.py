@@ -265,7 +265,7 @@ def wait_for_address(ctx: Context, sandbox: Sandbox, located: Located) -> str:
             pass
         return None
 
-    ip = waiting.until(ctx.clock, ctx.wait_timeout, look)
+    ip = waiting.wait_for_result(ctx.clock, ctx.wait_timeout, look)
     if ip is None:
         raise TaskTimeout(
             f"sandbox {sandbox.vmid} runs, but its guest agent named no address within {ctx.wait_timeout} s "

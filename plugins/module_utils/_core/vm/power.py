@@ -72,24 +72,24 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
     unfinished = ctx.records.find_journal_entry(sandbox.uuid)
     if unfinished is not None and unfinished.kind == "destroy":
         # The VM may be gone already. So refuse the interrupted destroy before reading the VM.
-        with ctx.claimed(sandbox, operation) as (claim, sandbox):
+        with ctx.claim_sandbox(sandbox, operation) as (claim, sandbox):
             refuse_cut_off(claim, sandbox)
     if sandbox.state not in _FOLLOW_THE_VM:
-        states.check(operation, sandbox.state)
+        states.check_operation(operation, sandbox.state)
     located, vm_state = read_vm_and_state(ctx, sandbox)
     actual = _read_actual_state(sandbox, vm_state)
     satisfied = states.OPERATIONS[operation].satisfied
     if sandbox.state in satisfied and actual in satisfied:
         return Outcome.of("unchanged", sandbox, reason=f"already {sandbox.state}")
     if ctx.dry_run:
-        if states.check(operation, actual):
+        if states.check_operation(operation, actual):
             _refuse_lock(ctx, sandbox, located, operation, force)
         return Outcome.of("would_" + operation, sandbox, state=TARGETS[operation], changed=True)
-    with ctx.claimed(sandbox, operation) as (claim, current):
+    with ctx.claim_sandbox(sandbox, operation) as (claim, current):
         if current.generation != sandbox.generation:
             # Another run has changed the sandbox meanwhile.
             if current.state not in _FOLLOW_THE_VM:
-                states.check(operation, current.state)
+                states.check_operation(operation, current.state)
             located, vm_state = read_vm_and_state(ctx, current)
             actual = _read_actual_state(current, vm_state)
         # The journal entry of this operation would replace that of an interrupted creation or destroy.
@@ -97,7 +97,7 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
         if current.state in satisfied and actual in satisfied:
             return Outcome.of("unchanged", current, reason=f"already {current.state}")
         try:
-            todo = states.check(operation, actual)
+            todo = states.check_operation(operation, actual)
         except StateConflict:
             # The refusal names the VM's real state, so write that state to the record.
             follow_vm(ctx, claim, current, operation, actual, located)
@@ -118,12 +118,12 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
 def _report_end(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
     """Record how the sandbox's job ended. Sends no request."""
     target = TARGETS[operation]
-    if not states.check(operation, sandbox.state):
+    if not states.check_operation(operation, sandbox.state):
         return Outcome.of("unchanged", sandbox, reason=f"already {sandbox.state}")
     if ctx.dry_run:
         return Outcome.of("would_" + operation, sandbox, state=target, changed=True)
-    with ctx.claimed(sandbox, operation) as (claim, current):
-        if not states.check(operation, current.state):
+    with ctx.claim_sandbox(sandbox, operation) as (claim, current):
+        if not states.check_operation(operation, current.state):
             return Outcome.of("unchanged", current, reason=f"already {current.state}")
         refuse_cut_off(claim, current)
         reported = ctx.records.change(claim, current, operation, to=target, reason="reported", finish=True)
@@ -408,7 +408,7 @@ def _await_status(ctx: Context, located: Located, wanted_status: str, label: str
     def look() -> bool | None:
         return read_status(ctx, located).get("status") == wanted_status or None
 
-    if waiting.until(ctx.clock, ctx.wait_timeout, look, longest=2.0) is None:
+    if waiting.wait_for_result(ctx.clock, ctx.wait_timeout, look, longest=2.0) is None:
         raise TaskTimeout(
             f"{label}: the HA manager did not bring it to {wanted_status} within {ctx.wait_timeout} s (wait_timeout); "
             "run again"

@@ -284,7 +284,7 @@ def _grow(ctx: Context, disk: Workspace, size_bytes: int) -> WorkspaceResult:
         )
     if ctx.dry_run:
         return WorkspaceResult("would_grow", disk, True)
-    with ctx.claimed(ctx.records.get(disk.sandbox_uuid), "grow_workspace") as (claim, sandbox):
+    with ctx.claim_sandbox(ctx.records.get(disk.sandbox_uuid), "grow_workspace") as (claim, sandbox):
         located = require_match(ctx, sandbox)
         refuse_locked(sandbox, located)
         slot = find_slot(ctx, sandbox, located, disk)
@@ -336,7 +336,7 @@ def ensure_attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None 
     if ctx.dry_run:
         check_node(disk, sandbox.node)
         return WorkspaceResult("would_attach", disk, True)
-    with ctx.claimed(sandbox, "attach_workspace") as (claim, current):
+    with ctx.claim_sandbox(sandbox, "attach_workspace") as (claim, current):
         if current.state not in _USABLE:
             raise WorkspaceRefused(
                 f"cannot attach {disk.title} to sandbox {current.vmid} in {current.state} state. Valid states: "
@@ -417,7 +417,7 @@ def ensure_detached(ctx: Context, which: str, *, only_stopped: bool = False) -> 
         if sandbox.live and sandbox.smbios_uuid is not None:
             refuse_snapshots(ctx, sandbox, require_match(ctx, sandbox), disk)
         return WorkspaceResult("would_detach", disk, True)
-    with ctx.claimed(sandbox, "detach_workspace") as (claim, current):
+    with ctx.claim_sandbox(sandbox, "detach_workspace") as (claim, current):
         disk = open_records(ctx).get(disk.id)
         if disk.sandbox_uuid != current.uuid:
             return WorkspaceResult("unchanged", disk)
@@ -584,7 +584,7 @@ def finish(ctx: Context, disk: Workspace) -> Workspace:
     if disk.sandbox_uuid is None:
         return disk
     sandbox = ctx.records.get(disk.sandbox_uuid)
-    with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+    with ctx.claim_sandbox(sandbox, "reconcile", wait=0) as (claim, current):
         disk = open_records(ctx).get(disk.id)
         if disk.sandbox_uuid != current.uuid or disk.state not in (*store.UNFINISHED, store.ATTACHED):
             return disk

@@ -214,7 +214,7 @@ def find_attached_vms(ctx: Context, disk: Workspace) -> list[int]:
             "(is it being migrated?); run again",
         )
 
-    having = sorted(vmid for vmid in ctx.each(look, rows) if vmid is not None)
+    having = sorted(vmid for vmid in ctx.run_each(look, rows) if vmid is not None)
     if not having:
         require_full_sight(ctx, disk)
     return having
@@ -301,7 +301,7 @@ def make_held_error(ctx: Context, disk: Workspace) -> WorkspaceRefused:
     from .. import clock as clock_module
 
     if disk.sandbox_uuid is not None:
-        until = clock_module.iso(disk.lease_expires_at)
+        until = clock_module.format_utc(disk.lease_expires_at)
         if disk.state in (store.ATTACHING, store.DETACHING):
             doing = "attached to" if disk.state == store.ATTACHING else "taken off"
             return WorkspaceRefused(
@@ -578,7 +578,7 @@ def _await_release(ctx: Context, node: str, sandbox: Sandbox, disk: Workspace) -
         return None if find_keys(read_drives(ctx, node, sandbox.vmid), disk.volume) else True
 
     patience = min(_UNPLUG_SECONDS, ctx.wait_timeout)
-    if waiting.until(ctx.clock, patience, look, pause=0.5, longest=0.5) is None:
+    if waiting.wait_for_result(ctx.clock, patience, look, pause=0.5, longest=0.5) is None:
         raise Kept(
             "workspace",
             f"{disk.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not "

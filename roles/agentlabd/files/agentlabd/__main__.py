@@ -11,7 +11,7 @@ import os
 import sys
 
 from agentlab_core.config import Config
-from agentlab_core.errors import AgentlabError, StoreError, StoreUnavailable, host_error
+from agentlab_core.errors import AgentlabError, StoreError, StoreUnavailable, make_host_error
 
 from . import LAST_WORD, __version__, logs
 
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     except AgentlabError as error:
         logs.log.error("Error: %s", error.message)
     except Exception as error:  # the outermost edge: a reader of the journal needs a sentence after the traceback
-        if known := host_error(error):
+        if known := make_host_error(error):
             logs.log.error("Error: %s", known.message)
         else:
             logs.log.critical("internal error: %s. Please report this", type(error).__name__, exc_info=True)
@@ -139,7 +139,7 @@ def migrate_records(config: Config, password: str | None) -> int:
         )
     except StoreUnavailable as error:
         fate = "the tables are changed as a whole or not at all"
-        raise StoreError(f"--migrate-records: {error.told_once(fate)}") from error
+        raise StoreError(f"--migrate-records: {error.explain_once(fate)}") from error
     before = "" if database.migrated else ", as before"
     database.close()
     print(f"agentlabd: the records have schema {schema.VERSION}{before}")

@@ -66,7 +66,7 @@ class Condition:
         return {
             "part": self.part,
             "condition": self.condition,
-            "since": clock_module.iso(self.since),
+            "since": clock_module.format_utc(self.since),
             "why": self.why,
             "todo": self.todo,
         }
@@ -185,12 +185,13 @@ class Conditions:
                 f"{'ahead of' if seconds_ahead > 0 else 'behind'} that of the database server, by which leases end",
                 "set the clock of this host (timedatectl), or that of the server",
             )
-        until = timeguard.rests_until(service.base)
+        until = timeguard.find_pause_end(service.base)
         if until is not None:
             yield Condition(
                 "clock",
                 RESTS,
-                f"the wall clock jumped, or its note was lost; expiry and cleanup rest until {clock_module.iso(until)}",
+                f"the wall clock jumped, or its note was lost; expiry and cleanup rest until "
+                f"{clock_module.format_utc(until)}",
                 "look at the clock (timedatectl); they go on by themselves (clock_jump_pause)",
                 until - service.config.clock_jump_pause,
             )

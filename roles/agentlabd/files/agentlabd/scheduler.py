@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from agentlab_core import clock as clock_module
 from agentlab_core import rules, timeguard
 from agentlab_core.context import Context
-from agentlab_core.errors import AgentlabError, Busy, Stopping, host_error
+from agentlab_core.errors import AgentlabError, Busy, Stopping, make_host_error
 from agentlab_core.maintenance import reconcile
 from agentlab_core.model import Sandbox
 from agentlab_core.sandboxes import lease
@@ -62,8 +62,8 @@ class Job:
 
     def public(self) -> dict[str, Any]:
         return {
-            "last_run": clock_module.iso(self.last_run),
-            "next_run": clock_module.iso(self.next_run),
+            "last_run": clock_module.format_utc(self.last_run),
+            "next_run": clock_module.format_utc(self.next_run),
             "last_error": self.last_error,
         }
 
@@ -153,7 +153,7 @@ class Scheduler:
                 return await asyncio.shield(self.service.begin_work(self._jobs, run_timed, name))
             except Exception as error:
                 # A lack of descriptors, threads or memory ends no job for good, because it may pass.
-                lack = host_error(error)
+                lack = make_host_error(error)
                 if lack is None:
                     raise
                 if job is not None:
@@ -183,7 +183,7 @@ class Scheduler:
     def _note_clock(self) -> None:
         """Store the time, because a jump of the clock can only be detected from a time stored before it."""
         with contextlib.suppress(AgentlabError):
-            timeguard.suspended(self.service.make_context("agentlabd"))
+            timeguard.explain_pause(self.service.make_context("agentlabd"))
 
     def _expire_leases(self) -> float:
         """Expire leases, and return the seconds to sleep. Reads only the records."""

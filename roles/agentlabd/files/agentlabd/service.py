@@ -163,7 +163,7 @@ class Service:
 
     def read_freeze(self) -> dict[str, Any] | None:
         """Return who froze the cleanup, when and why; None while it is not frozen."""
-        return timeguard.frozen(self.base)
+        return timeguard.read_freeze(self.base)
 
     def note_reconciled(self, drifts: list[reconcile.Drift], began: float) -> None:
         """Count the drift of a pass that has repaired what it could, and remember what it could not.
@@ -236,7 +236,7 @@ class Service:
         statistics = self.base.client.statistics
         return {
             "version": __version__,
-            "started_at": clock_module.iso(self.started_at),
+            "started_at": clock_module.format_utc(self.started_at),
             "uptime_seconds": int(time.monotonic() - self._began),
             "database": {
                 "path": self.config.database,
@@ -260,7 +260,11 @@ class Service:
             "operations": {"in_progress": len(under_way), "interrupted": len(interrupted)},
             "unrecorded": self.unrecorded,
             "conditions": conditions,
-            "config": {"path": self.path, "loaded_at": clock_module.iso(self.loaded_at), "error": self.config_error},
+            "config": {
+                "path": self.path,
+                "loaded_at": clock_module.format_utc(self.loaded_at),
+                "error": self.config_error,
+            },
         }
 
     def close(self) -> None:

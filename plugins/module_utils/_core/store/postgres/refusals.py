@@ -14,7 +14,7 @@ import stat
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ...errors import out_of_descriptors
+from ...errors import is_out_of_descriptors
 
 
 class NextStep(NamedTuple):
@@ -200,7 +200,7 @@ def next_step(state: str | None, failures: list[str]) -> NextStep | None:
     if state is not None:
         lengths = range(5, 1, -1)
         return next((_BY_STATE[state[:length]] for length in lengths if state[:length] in _BY_STATE), None)
-    if out_of_descriptors():
+    if is_out_of_descriptors():
         return _NO_DESCRIPTOR
     steps = [next((step for part, step in _BY_TEXT if part in failure), None) for failure in failures]
     ranked = [step for _part, step in _BY_TEXT if step in steps]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from ...clock import Clock
-from ...errors import StoreError, out_of_descriptors
+from ...errors import StoreError, is_out_of_descriptors
 from .. import schema
 from ..group_commit import GroupCommit, QueuedWrite
 from . import latest
@@ -40,7 +40,7 @@ def explain(path: str, error: Exception) -> StoreError:
     unreadable = _why_unreadable(path) or _why_no_file(path) or _why_no_file_beside(path)
     if unreadable:
         return StoreError(f"database {path}: {text}: {unreadable}", path=path)
-    if ("unable to open" in low or "disk i/o" in low) and out_of_descriptors():
+    if ("unable to open" in low or "disk i/o" in low) and is_out_of_descriptors():
         advice = (
             "this process has no file descriptor left; nothing was written. Raise its limit (ulimit -n; LimitNOFILE= "
             "of the unit), then run again"

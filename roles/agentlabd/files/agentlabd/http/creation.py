@@ -139,7 +139,7 @@ def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
         )
     if config.api_pools is not None and pool is not None and pool not in config.api_pools:
         raise InvalidInput(
-            f"pool: {patterns.quoted(pool)} is not for clients (api_pools). Valid: "
+            f"pool: {patterns.quote_value(pool)} is not for clients (api_pools). Valid: "
             f"{', '.join(config.api_pools) or 'none, leave it out'}",
             option="pool",
         )
@@ -156,7 +156,7 @@ def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
         requested = {ident for ident, name in names.items() if template in (ident, name)}
         if not requested or not requested <= allowed:
             raise InvalidInput(
-                f"template: {patterns.quoted(template)} is not for clients (api_templates). "
+                f"template: {patterns.quote_value(template)} is not for clients (api_templates). "
                 f"Valid: {', '.join(config.api_templates) or 'none, leave it out'}",
                 option="template",
             )

@@ -106,7 +106,7 @@ class Field:
     def check(self, name: str, value: Any) -> Any:
         """Return the checked value. Raises InvalidInput with the key, the value and what is valid."""
         if self.split and isinstance(value, str):
-            if len(value) > self.longest * self.most or not patterns.encodable(value):
+            if len(value) > self.longest * self.most or not patterns.is_encodable(value):
                 raise self._make_error(
                     name,
                     value,
@@ -156,7 +156,7 @@ class Field:
                 )
             if len(value) > self.longest:
                 raise self._make_error(name, value, f"a text of {self.longest} characters at most")
-            if not patterns.encodable(value):
+            if not patterns.is_encodable(value):
                 raise self._make_error(name, value, "a text that UTF-8 can hold")
             if self._pattern and not _matches(self._pattern, value):
                 raise self._make_error(name, value, self.text if self.pattern else "a text in one line")
@@ -168,7 +168,7 @@ class Field:
 
     def _make_error(self, name: str, value: Any, valid: str) -> InvalidInput:
         return InvalidInput(
-            f"{name}: {'that value' if self.secret else patterns.quoted(value)} is not valid. Valid: {valid}",
+            f"{name}: {'that value' if self.secret else patterns.quote_value(value)} is not valid. Valid: {valid}",
             option=name,
         )
 

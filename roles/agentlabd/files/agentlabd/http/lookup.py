@@ -15,7 +15,7 @@ from concurrent.futures import Executor
 
 from agentlab_core import states
 from agentlab_core.context import Context
-from agentlab_core.errors import AgentlabError, host_error
+from agentlab_core.errors import AgentlabError, make_host_error
 from agentlab_core.model import Sandbox
 from agentlab_core.vm import address
 from agentlab_core.vm.locate import match_if_readable
@@ -67,7 +67,7 @@ def _ask_guest(ctx: Context, uuid: str) -> None:
         if ip == sandbox.ip:
             ctx.records.confirm_address(sandbox)
             return
-        with ctx.claimed(sandbox, "address", wait=0) as (claim, current):
+        with ctx.claim_sandbox(sandbox, "address", wait=0) as (claim, current):
             # Another operation's journal entry stays for that operation to finish.
             if claim.interrupted is None and current.ip == sandbox.ip and current.state in states.POWERED:
                 ctx.records.change(
@@ -83,7 +83,7 @@ def _ask_guest(ctx: Context, uuid: str) -> None:
     except AgentlabError as error:
         log.debug("the address of sandbox %s cannot be looked up: %s", uuid, error.message)
     except Exception as error:  # a thread of the pool would lose it silently
-        if known := host_error(error):
+        if known := make_host_error(error):
             log.debug("the address of sandbox %s cannot be looked up: %s", uuid, known.message)
             return
         log.exception("internal error while the address of sandbox %s was looked up", uuid)

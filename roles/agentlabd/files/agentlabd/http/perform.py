@@ -10,7 +10,7 @@ import json
 import logging
 import time
 
-from agentlab_core.errors import AgentlabError, host_error
+from agentlab_core.errors import AgentlabError, make_host_error
 from agentlab_core.model import Outcome
 
 from ..logs import IDLE_LINES, log, log_seldom
@@ -42,7 +42,7 @@ def perform_request(route: Route, call: Call) -> Answer:
         elif route.name == "renew_lease" and answer.status == 409:
             metrics.leases.labels("refused").inc()
     except Exception as error:
-        known = host_error(error)
+        known = make_host_error(error)
         if known:
             answer = answers.answer_error(known)
         else:

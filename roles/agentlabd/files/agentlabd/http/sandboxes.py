@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from agentlab_core import states
-from agentlab_core.context import Context, failure
+from agentlab_core.context import Context, make_failure
 from agentlab_core.errors import AgentlabError, InvalidInput, StateConflict
 from agentlab_core.model import Outcome, Sandbox
 from agentlab_core.sandboxes import create, destroy, lease
@@ -153,9 +153,9 @@ def stop_all_sandboxes(call: Call) -> Answer:
         try:
             return power.run(ctx, sandbox, "stop")
         except AgentlabError as error:
-            return failure(sandbox, error)
+            return make_failure(sandbox, error)
 
-    outcomes = ctx.each(stop_vm, sandboxes)
+    outcomes = ctx.run_each(stop_vm, sandboxes)
     results = [upstream.describe_stop(sandbox, outcome) for sandbox, outcome in zip(sandboxes, outcomes, strict=True)]
     counts = {word: sum(result["result"] == word for result in results) for word in ("stopped", "skipped", "failed")}
     return Answer(

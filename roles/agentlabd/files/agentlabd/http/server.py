@@ -26,7 +26,7 @@ from aiohttp.client_exceptions import ClientError
 from aiohttp.http_exceptions import PayloadEncodingError
 
 from agentlab_core import patterns
-from agentlab_core.errors import AgentlabError, ConfigError, InvalidInput, host_error
+from agentlab_core.errors import AgentlabError, ConfigError, InvalidInput, make_host_error
 from agentlab_core.escapes import escape_controls
 
 from .. import connections
@@ -165,7 +165,7 @@ class Api:
                 )
                 return _make_closing_response(400, "the request is not complete", "incomplete")
             except Exception as error:  # every request gets an answer
-                known = host_error(error)
+                known = make_host_error(error)
                 if known:
                     log_seldom(60, "host", "%s", known.message)
                     return _make_response(answers.answer_error(known))

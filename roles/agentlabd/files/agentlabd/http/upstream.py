@@ -85,7 +85,7 @@ def describe_profile(shown: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Add ``template_vmid`` (0 for a template given by name) and ``updated_at`` (the time of its file) to a profile."""
     template = str(shown.get("template") or "")
     try:
-        written = clock.iso(int(os.stat(path).st_mtime))
+        written = clock.format_utc(int(os.stat(path).st_mtime))
     except OSError:
         # The file was removed after it was read.
         written = None
