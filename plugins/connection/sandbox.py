@@ -75,6 +75,7 @@ options:
     description:
       - Seconds that one command may take. It is ended in the guest then, and the task fails. V(0) for no limit but
         the lease.
+      - The keyword C(timeout) of a task ends the task only, and the command goes on in the guest.
     type: int
     default: 0
     ini:

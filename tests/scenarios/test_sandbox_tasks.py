@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
 import tarfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import command
 
 from support.double import Server
 from support.play import Run, play
@@ -101,6 +103,33 @@ def test_commands_end_in_a_play_as_they_end_in_the_guest(inside: Inside, tmp_pat
     assert run.status("module killed") == run.status("too long") == "failed"
     assert run["input"]["stdout"] == "öä\n\nx" and run["after"]["stdout"] == "fine"
     assert [entry["result"]["stdout"] for entry in run.all("loop") if entry.get("item")] == ["a", "b"]
+
+
+def test_the_keyword_timeout_ends_the_task_and_the_time_out_of_the_connection_ends_the_command(
+    inside: Inside, box: Any, context: Any
+) -> None:
+    def write(name: str) -> str:
+        return f"touch '{{{{ guest }}}}/{name}.begun'; sleep 6; touch '{{{{ guest }}}}/{name}.done'"
+
+    on = {"ignore_errors": True}
+    limit = {"ansible_agentlab_command_timeout": 2}
+    run = inside(
+        [
+            {"name": "task ends", "ansible.builtin.raw": write("goes on"), "timeout": 2, **on},
+            {"name": "command ends", "ansible.builtin.raw": write("ended"), "vars": limit, **on},
+            {"name": "later", "ansible.builtin.raw": "sleep 8; cd {{ guest }}; ls *.begun *.done"},
+        ]
+    )
+    assert run.rc == 0, run.output
+    assert run.status("task ends") == run.status("command ends") == "failed"
+    # The words are those of Ansible: of 2.19 and newer, or older.
+    assert re.search("(?i)timed out|in the expected time frame", run["task ends"]["msg"])
+    assert "command_timeout" in run["command ends"]["msg"]
+    assert run["later"]["stdout_lines"] == ["ended.begun", "goes on.begun", "goes on.done"]
+    # The command that nobody waited for is in the list, and its end can be asked for.
+    ctx = context()
+    left = [entry["run_id"] for entry in command.list_runs(ctx, box) if entry["state"] == "sent"]
+    assert [command.read_run(ctx, box, run_id).rc for run_id in left] == [0]
 
 
 # ---- a guest that goes down while a command runs ----
