@@ -471,7 +471,7 @@ class Connection(ConnectionBase):
             return sandbox
         if vmid is None and name.isascii() and name.isdecimal() and len(name) < 10:
             vmid = int(name)
-        return context.select(vmid=vmid) if vmid is not None else context.select(name=name)
+        return context.select_sandbox(vmid=vmid) if vmid is not None else context.select_sandbox(name=name)
 
     # ---- become ----
 

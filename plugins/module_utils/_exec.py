@@ -49,7 +49,7 @@ def _run(module: AnsibleModule, context: Context) -> dict[str, Any]:
     timeout = _seconds(params["timeout"])
     if params["name"] is not None and not params["name"].strip():
         raise InvalidInput("name: is empty. Give the name of a sandbox, or vmid", option="name")
-    sandbox = context.select(**_adapter.ids(module)[0])
+    sandbox = context.select_sandbox(**_adapter.ids(module)[0])
     action = params["action"]
     if action in ("run", "start"):
         spec = _spec(params, timeout)

@@ -21,7 +21,7 @@ def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
     params = module.params
     ttl = context.config.parse_ttl(params["ttl"])
     min_remaining = lease.check_min_remaining(params["min_remaining"])
-    sandboxes = [context.select(**which) for which in _adapter.ids(module)]
+    sandboxes = [context.select_sandbox(**which) for which in _adapter.ids(module)]
 
     def renew(sandbox: Sandbox) -> Outcome:
         try:

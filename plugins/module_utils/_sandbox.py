@@ -161,7 +161,7 @@ def _destroy(context: Context, ids: list[dict[str, Any]], force: bool) -> list[O
     selected: list[Sandbox | Outcome] = []
     for ident in ids:
         try:
-            selected.append(context.select(**ident))
+            selected.append(context.select_sandbox(**ident))
         except NotFound:
             selected.append(
                 Outcome(
@@ -184,7 +184,7 @@ def _change_power(
 
     operation = power.get_operation(state)
     # All ids are looked up before anything is done.
-    sandboxes = [context.select(**ident) for ident in ids]
+    sandboxes = [context.select_sandbox(**ident) for ident in ids]
 
     def work(sandbox: Sandbox) -> Outcome:
         outcome = power.run(context, sandbox, operation, force=force)

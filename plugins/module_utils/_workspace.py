@@ -44,7 +44,7 @@ def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
             raise InvalidInput("vmid: state=attached needs vmid or sandbox", option="vmid")
         ttl = None if params["ttl"] is None else context.config.parse_ttl(params["ttl"])
         result = workspace.ensure_attached(
-            context, params["name"], context.select(vmid=params["vmid"], name=params["sandbox"]), ttl
+            context, params["name"], context.select_sandbox(vmid=params["vmid"], name=params["sandbox"]), ttl
         )
     elif state == "detached":
         result = workspace.ensure_detached(context, params["name"])

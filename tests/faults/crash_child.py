@@ -172,13 +172,13 @@ def do_create(ctx: Any, **values: Any) -> dict[str, Any]:
 def do_power(ctx: Any, vmid: int, operation: str) -> dict[str, Any]:
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm import power
 
-    return _told([power.run(ctx, ctx.select(vmid), operation)])
+    return _told([power.run(ctx, ctx.select_sandbox(vmid), operation)])
 
 
 def do_destroy(ctx: Any, vmids: list[int], force: bool = False) -> dict[str, Any]:
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import destroy
 
-    chosen = [ctx.select(vmid) for vmid in vmids]
+    chosen = [ctx.select_sandbox(vmid) for vmid in vmids]
     for one in chosen:
         destroy.check(ctx, one, force)
     return _told(destroy.run(ctx, [(one, destroy.Request(force=force)) for one in chosen]))
@@ -187,7 +187,7 @@ def do_destroy(ctx: Any, vmids: list[int], force: bool = False) -> dict[str, Any
 def do_renew(ctx: Any, vmid: int, ttl: int) -> dict[str, Any]:
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import lease
 
-    return _told([lease.renew(ctx, ctx.select(vmid), ttl)])
+    return _told([lease.renew(ctx, ctx.select_sandbox(vmid), ttl)])
 
 
 def do_expire(ctx: Any) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def do_workspace(ctx: Any, word: str, name: str, vmid: int | None = None, **valu
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 
     if word == "attached":
-        done = workspace.ensure_attached(ctx, name, ctx.select(vmid))
+        done = workspace.ensure_attached(ctx, name, ctx.select_sandbox(vmid))
     else:
         done = {
             "present": workspace.ensure_present,

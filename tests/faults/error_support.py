@@ -121,7 +121,7 @@ def make_disk(lab: Lab) -> Any:
 def attach(lab: Lab) -> Any:
     """Attach the workspace w1 to the sandbox."""
     ctx = lab.context()
-    return workspace.ensure_attached(ctx, "w1", ctx.select(name="a1"))
+    return workspace.ensure_attached(ctx, "w1", ctx.select_sandbox(name="a1"))
 
 
 def grown(lab: Lab) -> bool:

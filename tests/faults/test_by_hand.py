@@ -139,7 +139,7 @@ def disk_in_snapshot(lab: Lab, vmid: int) -> None:
 def own_disk_in_snapshot(lab: Lab, vmid: int) -> None:
     workspace.ensure_present(lab.context(), "w1", size="1G", storage="local-lvm")
     ctx = lab.context()
-    workspace.ensure_attached(ctx, "w1", ctx.select(vmid))
+    workspace.ensure_attached(ctx, "w1", ctx.select_sandbox(vmid))
     vm = lab.pve.vm(vmid)
     vm.snapshots["before"] = {**vm.config, "snaptime": 1}
 
@@ -361,7 +361,7 @@ def test_a_volume_that_somebody_attached_is_freed_as_told(lab: Lab, operator: Op
 
     def attach() -> Any:
         ctx = lab.context()
-        return workspace.ensure_attached(ctx, "w1", ctx.select(made.vmid))
+        return workspace.ensure_attached(ctx, "w1", ctx.select_sandbox(made.vmid))
 
     operator.follow(refused(attach))
     assert attach().outcome == "attached"
@@ -377,7 +377,7 @@ def test_a_guest_without_hotplug_is_stopped_first_as_told(lab: Lab, what: str) -
         return (
             workspace.ensure_detached(ctx, "w1")
             if what == "detach"
-            else workspace.ensure_attached(ctx, "w1", ctx.select(made.vmid))
+            else workspace.ensure_attached(ctx, "w1", ctx.select_sandbox(made.vmid))
         )
 
     lab.pve.hotplug = False

@@ -62,10 +62,10 @@ def test_a_ticket_that_ended_is_renewed_without_a_word(lab: Lab) -> None:
     for operation, state in (("stop", "STOPPED"), ("start", "RUNNING")):
         lab.pve.revoke_tickets()
         ctx.refresh()
-        assert power.run(ctx, ctx.select(made.vmid), operation).state == state
+        assert power.run(ctx, ctx.select_sandbox(made.vmid), operation).state == state
     lab.pve.revoke_tickets()
     ctx.refresh()
-    assert destroy.run(ctx, [(ctx.select(made.vmid), destroy.Request(force=True))])[0].state == "DESTROYED"
+    assert destroy.run(ctx, [(ctx.select_sandbox(made.vmid), destroy.Request(force=True))])[0].state == "DESTROYED"
     # A password that is wrong by now is said, after one try.
     lab.pve.revoke_tickets()
     lab.pve.users["ops@pve"] = "another-long-made-up-password"
@@ -142,7 +142,7 @@ def test_a_list_from_before_a_wait_says_nothing_of_a_sandbox_made_meanwhile(lab:
     """A bulk destroy waits for the claim of a creation; the VM that came into being meanwhile is not taken for gone."""
     gone = [lab.create(name=f"a{number}") for number in range(3)]
     ctx = lab.context()
-    planned = [ctx.select(one.vmid) for one in gone]
+    planned = [ctx.select_sandbox(one.vmid) for one in gone]
     last = lab.pve.vm(gone[2].vmid)
     lab.pve.vms.remove(last)
     ctx.cluster.list_vms()
@@ -164,7 +164,7 @@ def test_check_mode_refuses_a_locked_vm_as_the_real_run_does(lab: Lab) -> None:
     for dry_run in (True, False):
         ctx = lab.context(dry_run=dry_run)
         with pytest.raises(AgentlabError, match=r"its VM is locked \(backup\)"):
-            power.run(ctx, ctx.select(made.vmid), "stop")
+            power.run(ctx, ctx.select_sandbox(made.vmid), "stop")
 
 
 def test_a_new_certificate_authority_is_adopted_when_the_operator_says_so(lab: Lab) -> None:

@@ -368,7 +368,7 @@ def test_a_renewal_that_waited_past_the_end_of_the_lease_has_lost(rig: Rig, monk
     rig.must("create", name="race", ttl=600)
     clock = _Ahead()
     ctx = Context(config.load({}, rig.env), actor="waiting", clock=clock)
-    sandbox = ctx.select(name="race")
+    sandbox = ctx.select_sandbox(name="race")
     write = ctx.database.write
 
     def wait(work: Any, **how: Any) -> Any:
@@ -386,7 +386,7 @@ def test_an_event_without_a_change_tells_the_state_of_now(rig: Rig) -> None:
     """A lease runs out without the claim, also between a look at the record and a word about it."""
     rig.must("create", name="race", ttl=600)
     ctx = Context(config.load({}, rig.env), actor="late")
-    sandbox = ctx.select(name="race")
+    sandbox = ctx.select_sandbox(name="race")
     claim = ctx.records.claim(sandbox.uuid, "destroy")
     ctx.records.expire(sandbox, sandbox.lease_expires_at)
     ctx.records.note(sandbox, "destroy", outcome="kept")

@@ -217,7 +217,7 @@ def test_the_note_before_a_delete_never_loses_the_marker(description: str, uuid:
 def test_selecting_by_any_name_is_a_parameter_never_sql(lab: Lab, name: str) -> None:
     try:
         # One that another test made has a name of its own.
-        assert lab_context(lab).select(name=name).name == name
+        assert lab_context(lab).select_sandbox(name=name).name == name
     except AgentlabError as error:
         assert "not found" in error.message
 

@@ -66,7 +66,7 @@ class Life(RuleBasedStateMachine):
                 self._context(lambda ctx: reconcile.run(ctx, apply=True))
             live = [row["vmid"] for row in self.rig.records() if row["state"] != "DESTROYED"]
             done = self._context(
-                lambda ctx: destroy.run(ctx, [(ctx.select(vmid), destroy.Request(force=True)) for vmid in live])
+                lambda ctx: destroy.run(ctx, [(ctx.select_sandbox(vmid), destroy.Request(force=True)) for vmid in live])
             )
             assert not isinstance(done, AgentlabError), done
             assert not [one.message for one in done if one.failed], [one.message for one in done]
@@ -106,7 +106,7 @@ class Life(RuleBasedStateMachine):
         was = self._live(name)
         if was is None:
             return
-        done = self._context(lambda ctx: power.run(ctx, ctx.select(name=name), operation))
+        done = self._context(lambda ctx: power.run(ctx, ctx.select_sandbox(name=name), operation))
         if was["state"] not in rules.OPERATIONS[operation].allowed + rules.OPERATIONS[operation].satisfied:
             # A VM that is not ours (any more) is told before the state is.
             assert isinstance(done, Kept) or (isinstance(done, AgentlabError) and done.message.startswith("cannot ")), (
@@ -120,7 +120,9 @@ class Life(RuleBasedStateMachine):
         was = self._live(name)
         if was is None:
             return
-        done = self._context(lambda ctx: destroy.run(ctx, [(ctx.select(name=name), destroy.Request(force=force))])[0])
+        done = self._context(
+            lambda ctx: destroy.run(ctx, [(ctx.select_sandbox(name=name), destroy.Request(force=force))])[0]
+        )
         assert not isinstance(done, AgentlabError), done
         now = self.rig.sql("SELECT * FROM sandboxes WHERE uuid = ?", was["uuid"])[0]
         assert (now["state"] == "DESTROYED") == (not done.failed), done
@@ -135,7 +137,7 @@ class Life(RuleBasedStateMachine):
         was = self._live(name)
         if was is None:
             return
-        done = self._context(lambda ctx: lease.renew(ctx, ctx.select(name=name), ttl))
+        done = self._context(lambda ctx: lease.renew(ctx, ctx.select_sandbox(name=name), ttl))
         now = self._live(name)
         assert now is not None and now["lease_expires_at"] >= was["lease_expires_at"]
         if was["state"] != "RUNNING":

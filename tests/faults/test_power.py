@@ -189,7 +189,7 @@ def test_a_power_state_that_is_not_known_changes_nothing(lab: Lab, answer: str) 
 def test_a_plain_destroy_is_refused_in_the_words_for_the_state_the_vm_is_in(lab: Lab, vm: str, dry_run: bool) -> None:
     vmid = sandbox(lab, "STOPPED", vm)
     ctx = lab.context(dry_run=dry_run)
-    done = destroy.destroy_several(ctx, [ctx.select(vmid)], False)[0]
+    done = destroy.destroy_several(ctx, [ctx.select_sandbox(vmid)], False)[0]
     assert done.failed and done.reason == "state_conflict"
     assert done.message == f"cannot destroy sandbox in {FOUND[vm]} state. Valid states: STOPPED, DESTROYED"
     assert done.remedy == "force"

@@ -333,7 +333,7 @@ def test_a_workspace_and_a_security_group_through_pvesh(lab: Lab) -> None:
     assert workspace.ensure_present(lab.context(), "w1", size="3G").outcome == "grown"
     assert workspace.ensure_detached(lab.context(), "w1").changed
     ctx = lab.context()
-    assert workspace.ensure_attached(ctx, "w1", ctx.select(made.vmid)).outcome == "attached"
+    assert workspace.ensure_attached(ctx, "w1", ctx.select_sandbox(made.vmid)).outcome == "attached"
     assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
     assert lab.pve.volumes_of(found.owner_vmid) == [found.volume]
     assert (

@@ -146,7 +146,7 @@ def test_a_vm_swapped_while_its_power_state_is_looked_at_is_left_alone(lab: Lab,
     ctx.cluster.list_vms()[ours.vmid]["status"] = "stopped"
     swapped = swap_when(lab, ours.vmid, lambda _method, path: path.endswith("/status/current"), running=runs)
     with pytest.raises(Kept, match="now belongs to another VM"):
-        power.run(ctx, ctx.select(ours.vmid), operation)
+        power.run(ctx, ctx.select_sandbox(ours.vmid), operation)
     lab.untouched(swapped[0], status="running" if runs else "stopped")
     assert lab.record(ours).state == ("STOPPED" if operation == "start" else "RUNNING")
 
@@ -172,7 +172,7 @@ def test_no_queue_of_ours_lies_between_judging_and_acting(tmp_path: Path, limits
 
             def away(vmid: int) -> Any:
                 ctx = base.derive(actor="x")
-                return destroy.run(ctx, [(ctx.select(vmid), destroy.Request(force=True))])[0].outcome
+                return destroy.run(ctx, [(ctx.select_sandbox(vmid), destroy.Request(force=True))])[0].outcome
 
             assert list(pool.map(away, seen)) == ["destroyed"] * 3
         for requests in seen.values():

@@ -215,12 +215,12 @@ class Lab:
     def power(self, operation: str, vmid: int, *, force: bool = False, **options: Any) -> Outcome:
         """Start, stop or suspend a sandbox (or mark it complete or failed) and return the outcome."""
         ctx = self.context(**options)
-        return power.run(ctx, ctx.select(vmid), operation, force=force)
+        return power.run(ctx, ctx.select_sandbox(vmid), operation, force=force)
 
     def destroy(self, *vmids: int, force: bool = False, **options: Any) -> list[Outcome]:
         """Destroy sandboxes in one run and return one outcome for each."""
         ctx = self.context(**options)
-        return destroy.run(ctx, [(ctx.select(vmid), destroy.Request(force=force)) for vmid in vmids])
+        return destroy.run(ctx, [(ctx.select_sandbox(vmid), destroy.Request(force=force)) for vmid in vmids])
 
     def interrupt_destroy(self, sandbox: Sandbox, operation: str = "destroy", phase: str = "stopping") -> None:
         """Leave the journal entry of a destroy that was killed before its delete was decided."""
@@ -240,7 +240,7 @@ class Lab:
     def renew(self, vmid: int, ttl: int, **values: Any) -> Outcome:
         """Renew the lease of a sandbox to ``ttl`` seconds from now."""
         ctx = self.context()
-        return lease.renew(ctx, ctx.select(vmid), ttl, **values)
+        return lease.renew(ctx, ctx.select_sandbox(vmid), ttl, **values)
 
     def expire(self, **options: Any) -> lease.Expiry:
         """Expire all leases that are over, and return what was stopped and what was not."""
@@ -265,7 +265,7 @@ class Lab:
     def force_state(self, vmid: int, state: str, *, age: int = 0, **values: Any) -> Sandbox:
         """Write a state into the record, as if it had been entered ``age`` seconds ago, and return the record."""
         ctx = self.context()
-        record = ctx.select(vmid)
+        record = ctx.select_sandbox(vmid)
         now = ctx.clock.now() - age
         values = {"state": state, "state_changed_at": now, **values}
         names = ", ".join(f"{name} = ?" for name in values)
@@ -290,7 +290,7 @@ class Lab:
     def record(self, which: Sandbox | int) -> Sandbox:
         """Return the record as it is now, by the live sandbox's VMID or by a sandbox of any state."""
         ctx = self.context()
-        return ctx.select(which) if isinstance(which, int) else ctx.records.get(which.uuid)
+        return ctx.select_sandbox(which) if isinstance(which, int) else ctx.records.get(which.uuid)
 
     def records(self) -> list[Sandbox]:
         """Return all records, DESTROYED records included."""

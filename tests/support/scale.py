@@ -100,8 +100,8 @@ WORK: dict[str, Callable[[Context], object]] = {
     "whether cleanup is frozen": timeguard.read_freeze,
     "a list": lambda ctx: [sandbox.public() for sandbox in info.find(ctx, info.Filter())],
     "a list of one state": lambda ctx: info.find(ctx, info.Filter(states=["TIMEOUT"])),
-    "one sandbox": lambda ctx: ctx.select(1500),
-    "a name": lambda ctx: ctx.select(name="a-500"),
+    "one sandbox": lambda ctx: ctx.select_sandbox(1500),
+    "a name": lambda ctx: ctx.select_sandbox(name="a-500"),
     "the last events of a VMID": lambda ctx: history.read_events(ctx.database, vmid=1500, tail=20),
     "the events of a sandbox": lambda ctx: history.read_events(ctx.database, uuid="live-500"),
 }

@@ -28,7 +28,7 @@ def make(lab: Lab, name: str = "w1", storage: str = "local-lvm", **values: Any) 
 def attach(lab: Lab, name: str, vmid: int, ttl: int | None = None, **options: Any) -> workspace.WorkspaceResult:
     """Attach a workspace to the sandbox with that VMID, for ``ttl`` seconds if given."""
     ctx = lab.context(**options)
-    return workspace.ensure_attached(ctx, name, ctx.select(vmid), ttl)
+    return workspace.ensure_attached(ctx, name, ctx.select_sandbox(vmid), ttl)
 
 
 def detach(lab: Lab, name: str, **options: Any) -> workspace.WorkspaceResult:

@@ -159,7 +159,7 @@ def test_the_commands_of_the_creation_page_are_enough_for_workspaces_too(lab: La
     lab.pass_whole_life()
     made = lab.create()
     workspace.ensure_present(lab.context(), "w1", size="5G", storage="local-lvm")
-    workspace.ensure_attached(lab.context(), "w1", lab.context().select(made.vmid))
+    workspace.ensure_attached(lab.context(), "w1", lab.context().select_sandbox(made.vmid))
     lab.power("stop", made.vmid)
     workspace.ensure_detached(lab.context(), "w1")
     workspace.ensure_absent(lab.context(), "w1", force=True)
@@ -313,7 +313,7 @@ def test_no_workspace_is_attached_or_deleted_where_a_vm_may_be_hidden(
         access.entries.append(Entry(way, "user", USER, "Mine"))
     before = dict(lab.pve.vm(500).config)
     for work in (
-        lambda: workspace.ensure_attached(lab.context(), "w1", lab.context().select(made.vmid)),
+        lambda: workspace.ensure_attached(lab.context(), "w1", lab.context().select_sandbox(made.vmid)),
         lambda: workspace.ensure_absent(lab.context(), "w1", force=True),
         lambda: lab.create(name="a2", workspace="w1"),
     ):
@@ -325,6 +325,6 @@ def test_no_workspace_is_attached_or_deleted_where_a_vm_may_be_hidden(
     # With sight of everything the VM is named, and once the volume is taken off there, it is attached.
     access.entries = [entry for entry in access.entries if entry.role not in ("Mine", "NoAccess")]
     with pytest.raises(AgentlabError, match="VM 500 has its volume"):
-        workspace.ensure_attached(lab.context(), "w1", lab.context().select(made.vmid))
+        workspace.ensure_attached(lab.context(), "w1", lab.context().select_sandbox(made.vmid))
     del lab.pve.vm(500).config["scsi1"]
-    assert workspace.ensure_attached(lab.context(), "w1", lab.context().select(made.vmid)).outcome == "attached"
+    assert workspace.ensure_attached(lab.context(), "w1", lab.context().select_sandbox(made.vmid)).outcome == "attached"

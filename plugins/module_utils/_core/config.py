@@ -164,7 +164,7 @@ class ProxmoxSettings:
 
     @property
     def is_root(self) -> bool:
-        """root@pam itself has no ACL; any of its tokens may have one."""
+        """Return whether the login is root@pam itself, which has no ACL. Its tokens may have one."""
         return self.login == "root@pam"
 
     def check_credentials(self) -> None:
@@ -461,7 +461,7 @@ def read_file(path: str) -> dict[str, Any]:
 
 
 def _read_placement_rules(value: Any) -> PlacementRules:
-    """Return the mapping ``placement`` as rules; InvalidInput names the key, its value and what is valid."""
+    """Return the mapping ``placement`` as rules. Raises InvalidInput with the key, its value and the valid values."""
     if value is None:
         return PlacementRules()
     valid = ", ".join(PlacementRules.__dataclass_fields__)
@@ -559,7 +559,7 @@ def parse_api_address(value: object, port: int) -> tuple[str | None, int, str]:
     host, _slash, path = (after_scheme if separator else text).partition("#")[0].partition("/")
     path = re.sub(r"(^|/)api2(/json)?$", "", path.strip("/"))
     if not re.fullmatch(r"[\w.~/-]*", path, re.ASCII):
-        raise make_error("has a path that is no path of an API")
+        raise make_error("has a path with characters that an API's path cannot have")
     bracketed = re.fullmatch(r"\[([0-9A-Fa-f:.%\w]+)\](?::(\d+))?", host, re.ASCII)
     plain = re.fullmatch(r"([\w.-]+)(?::(\d+))?", host)
     if bracketed or plain:

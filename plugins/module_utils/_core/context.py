@@ -153,7 +153,7 @@ class Context:
 
     # ---- choosing sandboxes ----
 
-    def select(self, vmid: int | None = None, name: str | None = None) -> Sandbox:
+    def select_sandbox(self, vmid: int | None = None, name: str | None = None) -> Sandbox:
         """Return the sandbox with a VMID or name: the live one, else the last destroyed one.
 
         With both, the sandbox of the VMID must have the name. Raises NotFound when there never was such a sandbox.
@@ -169,7 +169,7 @@ class Context:
         if vmid is not None and name not in (None, sandbox.name):
             raise InvalidInput(
                 f"name: sandbox {vmid} is named {sandbox.name!r}, not {name!r} (VMIDs are handed out again); nothing "
-                "was done. Give the one that is meant",
+                "was done. Give the name or the VMID alone, or the pair of one sandbox",
                 option="name",
                 value=name,
             )

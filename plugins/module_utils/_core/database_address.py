@@ -21,7 +21,7 @@ VALID = (
     "Valid: the path of a SQLite file, such as /var/lib/agentlab/agentlab.db, or a PostgreSQL database, such as "
     f"{VALID_URI}"
 )
-# A scheme is a word and a colon before a slash. Absolute and explicitly relative paths are never taken for one.
+# A scheme is a word and a colon before a slash. Absolute and explicitly relative paths have no scheme.
 _PATH = re.compile(r"(/|\./|\.\./|~)")
 _SCHEME = re.compile(r"[\"'<]?([A-Za-z][A-Za-z0-9+.-]*):(?=/|\\)")
 _KNOWN_SCHEME = re.compile(
@@ -69,7 +69,7 @@ _EXAMPLES = "sslmode, sslrootcert, target_session_attrs, passfile, service, conn
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the records are. ``text`` is the path, or the URI without its password; it may be shown."""
+    """The place of the records. ``text`` is the path, or the URI without its password; messages may show it."""
 
     engine: str
     text: str

@@ -28,7 +28,7 @@ REMEDIES: dict[str, str] = {
 
 
 def add_remedy(message: str, remedy: str | None, words: Mapping[str, str] | None) -> str:
-    """Return the message, followed by the interface's sentence for the remedy where it has one."""
+    """Return the message, followed by the interface's sentence for the remedy if there is one."""
     sentence = words.get(remedy) if words and remedy else None
     return f"{message}. {sentence}" if sentence else message
 
@@ -41,8 +41,10 @@ class Advice(NamedTuple):
 
 
 class AgentlabError(Exception):
-    """Base of all: ``message`` is one sentence for the user, ``code`` a stable word for programs, ``detail``
-    JSON-safe facts. ``remedy`` names an entry of REMEDIES; it stands in ``detail`` too.
+    """The base of all errors.
+
+    ``message`` is a sentence for the user, ``code`` a stable word for programs, ``detail`` has JSON-safe facts.
+    ``remedy`` names an entry of REMEDIES, and is a part of ``detail``.
     """
 
     code = "error"

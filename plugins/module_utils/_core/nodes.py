@@ -41,7 +41,7 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """A storage as one node sees it. Sizes in bytes; None where Proxmox VE does not say."""
+    """A storage on one node. Sizes are in bytes; None if Proxmox VE does not tell them."""
 
     active: bool = True
     total: int | None = None

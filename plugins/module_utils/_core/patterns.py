@@ -241,7 +241,7 @@ def split_tags(value: object) -> list[str]:
     tags = list(dict.fromkeys(word.lower() for word in split_words(value)))
     texts = value if isinstance(value, (list, tuple)) else [value]
     if any(isinstance(text, str) and len(text.split("\n")) > 1 for text in texts):
-        # A text of several lines may be user data in the wrong place: no part of it is quoted.
+        # A text of several lines may be user data in the wrong option, so the message quotes no part of it.
         for number, tag in enumerate(tags, 1):
             if not fits(tag, TAG):
                 raise InvalidInput(f"tags: the tag number {number} is not valid. Valid: {TAG[1]}", option="tags")

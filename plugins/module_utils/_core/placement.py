@@ -153,7 +153,7 @@ def sum_promises(nodes: Iterable[Node], vms: Mapping[int, Vm], load: Load, settl
 
 
 def decide(nodes: Iterable[Node], vms: Mapping[int, Vm], load: Load, wish: Wish, rules: Rules) -> Decision:
-    """Return the node for the wish, and for each node why it was chosen or refused.
+    """Return the node for the wish, and for each node the reason for choosing or refusing the node.
 
     ``vms`` are our own running VMs in the list. If a node that fits has no memory figures, the number of sandboxes is
     compared instead of memory.

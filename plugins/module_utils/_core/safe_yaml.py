@@ -40,7 +40,7 @@ class Refused(Exception):
 
     @property
     def place(self) -> str:
-        """`` in line 3, column 7``, or nothing where that is not known."""
+        """Return the place for a message, such as `` in line 3, column 7``; "" if the line is not known."""
         if self.line is None:
             return ""
         return f" in line {self.line}" + ("" if self.column is None else f", column {self.column}")
@@ -151,6 +151,7 @@ def _make_refusal(error: Exception) -> Refused:
 
 
 def _build_value(loader: Any, node: Any, budget: list[int], depth: int) -> Any:
+    """Return the value of a node. ``budget`` has one item: how many values may still be built."""
     import yaml
 
     line = node.start_mark.line + 1

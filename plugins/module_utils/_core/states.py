@@ -70,7 +70,7 @@ OPERATIONS: dict[str, StateRule] = {
 
 # States that prune looks at: TIMEOUT always, the others only where its ``states`` name them (docs/safety.md).
 PRUNABLE: tuple[str, ...] = (TIMEOUT, COMPLETED, FAILED, STOPPED)
-# The creation is under way (or was, when it was killed).
+# The creation is running, or its run was killed.
 CREATING: tuple[str, ...] = (REQUESTED, PROVISIONING, BOOTING)
 # The VM is meant to run.
 POWERED: tuple[str, ...] = (READY, RUNNING)

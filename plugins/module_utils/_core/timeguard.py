@@ -147,7 +147,7 @@ def _make_key() -> str:
 
 
 def _read_note(ctx: Context) -> tuple[bool, dict[str, Any] | None]:
-    """Return whether this host's note is damaged, and the note. Release 1.0.0 had one for all hosts."""
+    """Return whether this host's note is damaged, and the note. Release 1.0.0 had one note for all hosts."""
     text = ctx.records.read_meta(_make_key()) or ctx.records.read_meta("clock")
     if text is None:
         return False, None

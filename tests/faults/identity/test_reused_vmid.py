@@ -51,7 +51,7 @@ def test_check_mode_announces_no_destroy_of_a_strangers_vm(lab: Lab) -> None:
     ours, other = lab.create("a1"), lab.create("a2")
     lab.swap(ours.vmid, **STRANGERS[EVERYDAY])
     ctx = lab.context(dry_run=True)
-    planned = destroy.destroy_several(ctx, [ctx.select(ours.vmid), ctx.select(other.vmid)], force=True)
+    planned = destroy.destroy_several(ctx, [ctx.select_sandbox(ours.vmid), ctx.select_sandbox(other.vmid)], force=True)
     assert [(item.outcome, item.reason, item.state) for item in planned] == [
         ("would_mark_destroyed", "vmid_reused", "DESTROYED"),
         ("would_destroy", "destroyed", "DESTROYED"),

@@ -36,7 +36,7 @@ def test_a_volume_that_is_there_again_when_the_vm_is_deleted_keeps_the_vm(lab: L
     )
     ctx = lab.context(dry_run=True)
     with pytest.raises(Kept, match="the VM was not deleted"):
-        destroy.plan(ctx, ctx.select(made.vmid))
+        destroy.plan(ctx, ctx.select_sandbox(made.vmid))
     del lab.pve.vm(made.vmid).config["scsi5"]
     assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
     assert_kept_whole(lab, found)
@@ -134,7 +134,7 @@ def test_a_destroy_that_is_refused_keeps_the_workspace_attached_and_the_vm_runni
         def protect(method: str, path: str) -> None:
             if method == "POST" and path.endswith("/status/stop"):
                 ctx = lab.context()
-                ctx.records.amend(ctx.select(made.vmid), "update", protected=True)
+                ctx.records.amend(ctx.select_sandbox(made.vmid), "update", protected=True)
 
         lab.pve.before = protect
     outcome = lab.destroy(made.vmid, force=True)[0]
@@ -159,7 +159,7 @@ def test_protection_comes_too_late_once_the_workspace_is_being_taken_off(lab: La
         if method == "PUT" and path.endswith(f"/qemu/{made.vmid}/config") and not said:
             ctx = lab.context()
             with pytest.raises(Kept, match="cannot protect sandbox .*: it is being destroyed") as caught:
-                ctx.records.amend(ctx.select(made.vmid), "update", protected=True)
+                ctx.records.amend(ctx.select_sandbox(made.vmid), "update", protected=True)
             said.append(caught.value.reason)
 
     lab.pve.before = protect
@@ -192,7 +192,7 @@ def test_a_guest_that_does_not_let_the_disk_go_leaves_a_clear_state(lab: Lab) ->
     made = lab.create()
     ctx = lab.context()
     workspace.ensure_present(ctx, "w1", size="1G", storage="local-lvm")
-    workspace.ensure_attached(ctx, "w1", ctx.select(made.vmid))
+    workspace.ensure_attached(ctx, "w1", ctx.select_sandbox(made.vmid))
     lab.pve.unplug_refused = True
     try:
         with pytest.raises(Kept, match="does not let it go. Stop the sandbox, then detach it"):
@@ -209,7 +209,7 @@ def test_a_vm_that_the_list_calls_stopped_is_stopped_before_its_disk_is_taken_of
     made = lab.create()
     ctx = lab.context()
     workspace.ensure_present(ctx, "w1", size="1G", storage="local-lvm")
-    workspace.ensure_attached(ctx, "w1", ctx.select(made.vmid))
+    workspace.ensure_attached(ctx, "w1", ctx.select_sandbox(made.vmid))
     rows = {
         "data": [
             {

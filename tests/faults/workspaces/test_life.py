@@ -105,7 +105,7 @@ def test_a_workspace_that_is_renewed_before_it_is_taken_over_stays(lab: Lab) -> 
     ctx = lab.context()
     ctx.records = Records(ctx.records)  # type: ignore[assignment]
     with pytest.raises(WorkspaceRefused, match="w1' is ATTACHED to sandbox"):
-        workspace.ensure_attached(ctx, "w1", ctx.select(other.vmid))
+        workspace.ensure_attached(ctx, "w1", ctx.select_sandbox(other.vmid))
     assert renewed == ["renewed"] and now(lab).vmid == holder.vmid
 
 

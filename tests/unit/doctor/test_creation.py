@@ -79,7 +79,7 @@ def test_a_template_whose_snippet_is_missing_is_a_problem(lab: Lab, tmp_path: Pa
     (tmp_path / "there.yaml").write_text("#cloud-config")
     lab.pve.hold_snippets(str(tmp_path))
     ((status, meaning),) = list_bad_findings(lab, "template")
-    assert status == "problem" and "local:snippets/nope.yaml" in meaning and "not there" in meaning
+    assert status == "problem" and "local:snippets/nope.yaml" in meaning and "does not exist" in meaning
     (tmp_path / "nope.yaml").write_text("#cloud-config")
     assert list_bad_findings(lab, "template") == []
 

@@ -21,6 +21,7 @@ _CLOCK_SECONDS = (5, 60)
 
 
 def check_proxmox(exam: Examination) -> Iterable[Finding]:
+    """Check whether Proxmox VE answers, and its release. The first finding is not ok if nothing else can be checked."""
     try:
         version = exam.context.client.get_dict("version")
     except (ProxmoxError, InvalidInput) as error:
@@ -50,6 +51,7 @@ def check_proxmox(exam: Examination) -> Iterable[Finding]:
 
 
 def check_cluster(exam: Examination) -> Iterable[Finding]:
+    """Check that this is the cluster to which the records belong."""
     known = exam.context.records.read_meta("cluster")
     if known is None:
         yield Finding("cluster", OK, "the records name no cluster yet; the first creation writes it")
@@ -64,6 +66,7 @@ def check_cluster(exam: Examination) -> Iterable[Finding]:
 
 
 def check_quorum(exam: Examination) -> Iterable[Finding]:
+    """Read the nodes, and check quorum and that every node is online."""
     exam.nodes = exam.context.cluster.list_nodes()
     offline = sorted(node for node, online in exam.nodes.items() if not online)
     facts = {"nodes": exam.nodes}
@@ -92,6 +95,7 @@ def check_quorum(exam: Examination) -> Iterable[Finding]:
 
 
 def check_vmid_range(exam: Examination) -> Iterable[Finding]:
+    """Check the free VMIDs of vmid_range, and the VMs in it that are not ours."""
     low, high = exam.config.vmid_range
     rows = exam.context.cluster.list_vms()
     ours = {sandbox.vmid for sandbox in exam.context.records.find_all()}
@@ -172,6 +176,7 @@ def _carries_marker(exam: Examination, vmid: int, row: Mapping[str, Any]) -> boo
 
 
 def check_clock(exam: Examination) -> Iterable[Finding]:
+    """Compare this host's clock with the clock of each node that is online."""
     offsets: dict[str, int] = {}
     for node in sorted(name for name, online in exam.nodes.items() if online):
         before = exam.context.clock.now()

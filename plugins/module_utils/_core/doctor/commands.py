@@ -1,9 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Check whether commands can be run in sandboxes: the privilege, and what the guest agent of a running sandbox
-allows.
-"""
+"""Check whether commands can run in sandboxes: the privilege, and the commands that a guest agent allows."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ def check_commands(exam: Examination) -> Iterable[Finding]:
             PROBLEM if used else OK,
             f"{exam.config.proxmox.login} lacks {name} on {path}: no command and no file can go into a sandbox "
             "(agentlab_exec, the connection plugin, agentlab sandbox exec and cp)",
-            f"if that is wanted, run as root on a node: pveum role modify AgentlabRun --append 1 --privs {name}",
+            f"to allow commands, run as root on a node: pveum role modify AgentlabRun --append 1 --privs {name}",
             {"missing": {path: [name]}},
         )
         return

@@ -43,13 +43,14 @@ def ask_daemon(exam: Examination) -> dict[str, Any]:
 
 
 def check_daemon(exam: Examination) -> Iterable[Finding]:
+    """Check whether the daemon answers, its version, and the conditions in its status."""
     path = exam.config.socket
     if not os.path.exists(path):
         yield Finding(
             "daemon",
             OK,
-            f"no daemon here (no socket {path}); modules need none, but somebody has to run agentlab_reconcile and"
-            " agentlab_prune",
+            f"no daemon runs here (no socket {path}). Modules need no daemon, but without it agentlab_reconcile and"
+            " agentlab_prune have to run regularly",
             "a cron job, an AWX schedule, or the role agentlabd",
             {"socket": path},
         )
@@ -60,7 +61,7 @@ def check_daemon(exam: Examination) -> Iterable[Finding]:
         yield Finding(
             "daemon",
             UNKNOWN,
-            f"{path} is there, but this user may not ask it",
+            f"the socket {path} exists, but this user may not use it",
             "run as root, or as a member of the group agentlab",
             {"socket": path},
         )
@@ -69,7 +70,7 @@ def check_daemon(exam: Examination) -> Iterable[Finding]:
         yield Finding(
             "daemon",
             PROBLEM,
-            f"{path} is there, but the daemon does not answer ({type(error).__name__})",
+            f"the socket {path} exists, but the daemon does not answer ({type(error).__name__})",
             "systemctl status agentlabd; journalctl -u agentlabd",
             {"socket": path},
         )

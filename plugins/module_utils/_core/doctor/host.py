@@ -35,6 +35,7 @@ _HARMLESS = {("sandboxes", "tags"): "'[]'", ("operations", "detail"): "'{}'"}
 
 
 def check_configuration(exam: Examination) -> Iterable[Finding]:
+    """Check the versions, the login to Proxmox VE, and the mode of the configuration file."""
     proxmox = exam.config.proxmox
     facts = {
         "api_host": proxmox.api_host,
@@ -163,6 +164,7 @@ def _check_damage(exam: Examination, client: str) -> Iterable[Finding]:
 
 
 def check_database(exam: Examination) -> Iterable[Finding]:
+    """Check the database: free room, existence, integrity, modes, and damaged values."""
     path = exam.config.database
     if exam.store_error is not None:
         yield Finding(
@@ -287,7 +289,7 @@ def _explain_lost_records(exam: Examination, in_use: bool) -> tuple[str, str] | 
     if companions:
         return (
             f"{path} does not exist, but was there before ({' and '.join(companions)} is still there): without it no "
-            "lease ends, and VMs that it knows are nobody's",
+            "lease ends, and its VMs have no record",
             f"{back}; where the records are meant to begin anew: rm {' '.join(companions)}",
         )
     return None

@@ -47,6 +47,7 @@ def _read_standing(exam: Examination) -> None:
 
 
 def check_privileges(exam: Examination) -> Iterable[Finding]:
+    """Compare the privileges of the login with those that are needed, and make the commands that mend them."""
     _read_standing(exam)
     login = exam.config.proxmox.login
     if exam.config.proxmox.is_root:
@@ -56,7 +57,7 @@ def check_privileges(exam: Examination) -> Iterable[Finding]:
             yield Finding(
                 "privileges",
                 WARNING,
-                "root@pam may do everything on the whole cluster, and so may whoever gets its secret",
+                "root@pam may do everything on the whole cluster: a thief of its secret may, too",
                 "use a token with the least privileges: see the pveum commands",
                 {"login": "root@pam"},
             )

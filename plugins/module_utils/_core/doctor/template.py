@@ -37,6 +37,7 @@ def _choose_template_node(exam: Examination, identifier: str) -> str | None:
 
 
 def check_template(exam: Examination, option: str | None) -> Iterable[Finding]:
+    """Check the template of ``option``, or else the configured one."""
     identifier = option or exam.config.template
     if not identifier:
         yield Finding(
@@ -72,6 +73,7 @@ def check_template(exam: Examination, option: str | None) -> Iterable[Finding]:
 def _find_misfits(
     exam: Examination, vmid: int, node: str, config: Mapping[str, Any], name: str, facts: dict[str, Any]
 ) -> Iterable[Finding]:
+    """Yield the settings of the template that do not fit, and note the storage of its first disk."""
     if not address.is_agent_on(dict(config)):
         yield Finding(
             "template",
@@ -165,7 +167,7 @@ def _find_missing_snippets(
             yield Finding(
                 "template",
                 PROBLEM,
-                f"{name} names the snippet {volume} (cicustom), which is not there: no sandbox starts",
+                f"{name} names the snippet {volume} (cicustom), which does not exist: no sandbox starts",
                 mend,
                 facts,
             )
@@ -173,7 +175,7 @@ def _find_missing_snippets(
             yield Finding(
                 "template",
                 UNKNOWN,
-                f"{name} names the snippet {volume} (cicustom), and these credentials may not see whether it is there",
+                f"{name} names the snippet {volume} (cicustom), and these credentials may not see whether it exists",
                 f"look for it on node {node} (pvesm path {volume}), or grant {', '.join(privileges.KEEP)} on {path}",
                 facts,
             )
@@ -184,6 +186,7 @@ def _list_storages(exam: Examination, node: str) -> list[dict[str, Any]]:
 
 
 def check_storage(exam: Examination) -> Iterable[Finding]:
+    """Check that the storage of new sandboxes is active, takes disk images and has room."""
     node = find_home_node(exam)
     storage = exam.storage
     if node is None:

@@ -37,7 +37,7 @@ def find(ctx: Context, filters: Filter) -> list[Sandbox]:
         sandboxes = []
         for which in filters.ids:
             try:
-                sandbox = ctx.select(**which)
+                sandbox = ctx.select_sandbox(**which)
             except NotFound:
                 continue
             if sandbox.live or destroyed:

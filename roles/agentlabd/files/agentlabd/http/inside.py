@@ -76,7 +76,7 @@ def run_command(call: Call) -> Answer:
         )
     spec = command.CommandSpec(**body, secret=bool(body["stdin"] or body.get("environment")))
     ctx = call.make_context()
-    sandbox = ctx.select(call.vmid)
+    sandbox = ctx.select_sandbox(call.vmid)
     result = (command.start_command if detach else command.run_command)(ctx, sandbox, spec)
     return _answer_run(sandbox, result, encoding)
 
@@ -84,14 +84,14 @@ def run_command(call: Call) -> Answer:
 def list_runs(call: Call) -> Answer:
     """List the sandbox's commands in the records."""
     ctx = call.make_context()
-    sandbox = ctx.select(call.vmid)
+    sandbox = ctx.select_sandbox(call.vmid)
     return Answer({"vmid": sandbox.vmid, "runs": command.list_runs(ctx, sandbox)})
 
 
 def show_run(call: Call) -> Answer:
     """Show the state of a command, and its output from an offset on."""
     ctx = call.make_context()
-    sandbox = ctx.select(call.vmid)
+    sandbox = ctx.select_sandbox(call.vmid)
     query = call.query
     result = command.read_run(
         ctx,
@@ -108,7 +108,7 @@ def show_run(call: Call) -> Answer:
 def kill_run(call: Call) -> Answer:
     """End a command in the guest."""
     ctx = call.make_context()
-    sandbox = ctx.select(call.vmid)
+    sandbox = ctx.select_sandbox(call.vmid)
     return _answer_run(sandbox, command.kill_command(ctx, sandbox, command.normalise_id(call.ident)), UTF8, 200)
 
 
@@ -155,7 +155,7 @@ def _encode_output(data: bytes, encoding: str) -> str:
 def fetch_file(call: Call) -> Answer:
     """Send a file of the guest byte for byte. Length and checksum were compared with the guest's."""
     ctx = call.make_context()
-    sandbox = ctx.select(call.vmid)
+    sandbox = ctx.select_sandbox(call.vmid)
     target = spool.make_file()
     try:
         info = files.fetch_file(ctx, sandbox, call.query["path"], target)
@@ -172,7 +172,7 @@ def fetch_file(call: Call) -> Answer:
 def put_file(call: Call) -> Answer:
     """Write a file in the guest, completely or not at all."""
     ctx = call.make_context()
-    sandbox = ctx.select(call.vmid)
+    sandbox = ctx.select_sandbox(call.vmid)
     assert call.upload is not None
     mode = call.query.get("mode")
     info = files.put_file(

@@ -35,7 +35,7 @@ def list_sandboxes(call: Call) -> Answer:
 
 def show_sandbox(call: Call) -> Answer:
     ctx = call.make_context()
-    sandbox = ctx.select(call.vmid)
+    sandbox = ctx.select_sandbox(call.vmid)
     if address.is_due(sandbox, ctx.clock.now()):
         lookup.look_up_address(ctx, sandbox, call.service.work_pool)
     return Answer(sandbox.public())
@@ -43,7 +43,7 @@ def show_sandbox(call: Call) -> Answer:
 
 def list_events(call: Call) -> Answer:
     ctx = call.make_context()
-    ctx.select(call.vmid)
+    ctx.select_sandbox(call.vmid)
     after = call.query.get("after", 0)
     events = history.read_events(
         ctx.database, vmid=call.vmid, after=after, tail=call.query.get("tail"), limit=call.query.get("limit", 1000)
@@ -66,7 +66,7 @@ def list_inventory(call: Call) -> Answer:
 
 def destroy_sandbox(call: Call) -> Answer:
     ctx = call.make_context()
-    sandbox = ctx.select(call.vmid)
+    sandbox = ctx.select_sandbox(call.vmid)
     force = call.body.get("force", False)
     # Refusing here gives an answer that names the valid states.
     destroy.check(ctx, sandbox, force)
@@ -76,7 +76,7 @@ def destroy_sandbox(call: Call) -> Answer:
 def destroy_sandboxes(call: Call) -> Answer:
     ctx = call.make_context()
     # Look up all ids before anything is done.
-    sandboxes: list[Sandbox] = [ctx.select(vmid) for vmid in dict.fromkeys(call.body["vmids"])]
+    sandboxes: list[Sandbox] = [ctx.select_sandbox(vmid) for vmid in dict.fromkeys(call.body["vmids"])]
     return answer_items(destroy.destroy_several(ctx, sandboxes, call.body.get("force", False)))
 
 
@@ -85,7 +85,7 @@ def make_power_handler(operation: str) -> Callable[[Call], Answer]:
 
     def handler(call: Call) -> Answer:
         ctx = call.make_context()
-        return answer_item(power.run(ctx, ctx.select(call.vmid), operation))
+        return answer_item(power.run(ctx, ctx.select_sandbox(call.vmid), operation))
 
     return handler
 
@@ -112,7 +112,7 @@ def _refuse_stop(sandbox: Sandbox) -> None:
 
 def stop_sandbox(call: Call) -> Answer:
     ctx = call.make_context()
-    sandbox = ctx.select(call.vmid)
+    sandbox = ctx.select_sandbox(call.vmid)
     _refuse_stop(sandbox)
     return answer_item(power.run(ctx, sandbox, "stop", force=call.body.get("force", False)))
 
@@ -125,12 +125,12 @@ def _start_vm(ctx: Context, sandbox: Sandbox, call: Call) -> Answer:
 
 def start_sandbox(call: Call) -> Answer:
     ctx = call.make_context()
-    return _start_vm(ctx, ctx.select(call.vmid), call)
+    return _start_vm(ctx, ctx.select_sandbox(call.vmid), call)
 
 
 def resume_sandbox(call: Call) -> Answer:
     ctx = call.make_context()
-    sandbox = ctx.select(call.vmid)
+    sandbox = ctx.select_sandbox(call.vmid)
     valid = (states.SUSPENDED, *states.OPERATIONS["start"].satisfied)
     if sandbox.state not in valid:
         raise StateConflict(
@@ -168,7 +168,7 @@ def stop_all_sandboxes(call: Call) -> Answer:
 def _amend_record(call: Call, **values: bool) -> Answer:
     """Set options that concern only the record. Raises StateConflict for a destroyed sandbox."""
     ctx = call.make_context()
-    sandbox = ctx.select(call.vmid)
+    sandbox = ctx.select_sandbox(call.vmid)
     if not sandbox.live:
         raise StateConflict(
             f"cannot change sandbox in {sandbox.state} state. Valid states: every other one",
@@ -202,7 +202,11 @@ def renew_lease(call: Call) -> Answer:
     ttl = ctx.config.parse_ttl(call.body[options[0]], options[0])
     shortest = lease.check_min_remaining(call.body.get("min_remaining"))
     outcome = lease.renew(
-        ctx, ctx.select(call.vmid), ttl, min_remaining=shortest, allow_shorten=call.body.get("allow_shorten", False)
+        ctx,
+        ctx.select_sandbox(call.vmid),
+        ttl,
+        min_remaining=shortest,
+        allow_shorten=call.body.get("allow_shorten", False),
     )
     call.service.note_lease_change()
     call.service.metrics.count_renewal(outcome)

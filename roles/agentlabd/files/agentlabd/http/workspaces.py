@@ -99,7 +99,7 @@ def attach_workspace(call: Call) -> Answer:
     ttl = call.body.get("ttl")
     return _answer_workspace(
         workspace.ensure_attached(
-            ctx, call.ident, ctx.select(call.body["vmid"]), None if ttl is None else ctx.config.parse_ttl(ttl)
+            ctx, call.ident, ctx.select_sandbox(call.body["vmid"]), None if ttl is None else ctx.config.parse_ttl(ttl)
         )
     )
 
