@@ -33,10 +33,11 @@ host all rejected 127.0.0.1/32 reject
 hostssl all tlsonly 127.0.0.1/32 trust
 host all tlsonly 127.0.0.1/32 reject
 host all ident 127.0.0.1/32 ident
+hostssl all bycert 127.0.0.1/32 cert
 """
 _ROLES = """
 CREATE ROLE pw LOGIN PASSWORD 'right'; CREATE ROLE rejected LOGIN; CREATE ROLE tlsonly LOGIN; CREATE ROLE ident LOGIN;
-CREATE ROLE nologin NOLOGIN; CREATE ROLE norights LOGIN
+CREATE ROLE bycert LOGIN; CREATE ROLE nologin NOLOGIN; CREATE ROLE norights LOGIN
 """
 
 
@@ -52,7 +53,7 @@ def server() -> Iterator[PostgresServer]:
     rules.write_text(_RULES + rules.read_text())
     make_certificate(running)
     running.stop("fast")
-    running.configure(ssl="on")
+    running.configure(ssl="on", ssl_ca_file="server.crt")
     running.start()
     yield running
     running.destroy()
@@ -120,6 +121,30 @@ CASES: dict[str, tuple[str, str, str, bool]] = {
         "the key needs mode 0600",
         False,
     ),
+    "no client certificate": (
+        "bycert@{server}/records?sslmode=require&sslcert=/no",
+        "requires a valid client certificate",
+        "set sslcert and sslkey",
+        False,
+    ),
+    "a client certificate of another role": (
+        "bycert@{server}/records?sslmode=require&sslcert={client}&sslkey={key}",
+        "certificate authentication failed",
+        "set sslcert and sslkey",
+        False,
+    ),
+    "a client certificate of another CA": (
+        "bycert@{server}/records?sslmode=require&sslcert={other}&sslkey={key}",
+        "alert unknown ca",
+        "set sslcert and sslkey",
+        False,
+    ),
+    "no certificate in the file": (
+        "bycert@{server}/records?sslmode=require&sslcert={key}&sslkey={key}",
+        "could not read certificate file",
+        "set sslcert and sslkey",
+        False,
+    ),
     "TLS version": (
         "tester@{server}/records?sslmode=require&ssl_min_protocol_version=TLSv1&ssl_max_protocol_version=TLSv1.1",
         "SSL error",
@@ -158,10 +183,18 @@ def test_a_connection_that_is_refused_is_told_with_its_next_step(
     where, cause, advice, passing = CASES[case]
     ca, other = tmp_path / "ca.crt", tmp_path / "other.crt"
     shutil.copy(server.data / "server.crt", ca)
+    client, key = tmp_path / "client.crt", tmp_path / "key"
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=x"]
-    subprocess.run([*make, "-keyout", str(tmp_path / "other.key"), "-out", str(other)], check=True, capture_output=True)
+    subprocess.run([*make, "-keyout", str(key), "-out", str(other)], check=True, capture_output=True)
+    sign = ["openssl", "x509", "-days", "1", "-CA", str(ca), "-CAkey", str(server.data / "server.key")]
+    request = ["openssl", "x509", "-x509toreq", "-in", str(other), "-signkey", str(key), "-out", f"{key}.csr"]
+    subprocess.run(request, check=True, capture_output=True)
+    sign += ["-CAcreateserial", "-req", "-in", f"{key}.csr", "-out", str(client)]
+    subprocess.run(sign, check=True, capture_output=True)
     user, _colon, password = where.partition("@")[0].partition(":")
-    place = where.partition("@")[2].format(server=f"127.0.0.1:{server.port}", ca=ca, other=other)
+    place = where.partition("@")[2].format(
+        server=f"127.0.0.1:{server.port}", ca=ca, other=other, client=client, key=key
+    )
 
     def use() -> None:
         with closing(open_database(f"postgresql://{user}@{place}", password=password or None)) as database:

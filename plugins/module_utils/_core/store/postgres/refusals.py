@@ -44,6 +44,10 @@ _CERTIFICATE = (
     "set sslrootcert in the URI to the CA of the server's certificate, and name the server as the certificate does; "
     "openssl s_client -starttls postgres -connect HOST:PORT shows the certificate with its dates"
 )
+_CLIENT_CERTIFICATE = (
+    "set sslcert and sslkey in the URI to a client certificate that is there, whose CN is the role, and that a CA in "
+    "the server's ssl_ca_file signed; openssl x509 -noout -subject -issuer -dates -in FILE shows it"
+)
 _OPTIONS = (
     "correct the options in the URI (or PGOPTIONS); a pooler in between must pass them on and use session pooling, so "
     "name the server itself where it does not"
@@ -78,6 +82,13 @@ _BY_STATE: dict[str, NextStep] = {
 }
 # Part of a text -> next step; the first that fits counts.
 _BY_TEXT: tuple[tuple[str, NextStep], ...] = (
+    ("certificate authentication failed", NextStep(_CLIENT_CERTIFICATE)),
+    ("valid client certificate", NextStep(_CLIENT_CERTIFICATE)),
+    ("could not read certificate file", NextStep(_CLIENT_CERTIFICATE)),
+    # By an alert the server refuses what the client sent: its certificate, in these cases.
+    ("alert unknown ca", NextStep(_CLIENT_CERTIFICATE)),
+    ("alert bad certificate", NextStep(_CLIENT_CERTIFICATE)),
+    ("alert certificate", NextStep(_CLIENT_CERTIFICATE)),
     ("authentication failed", NextStep(_PASSWORD)),
     ("no password supplied", NextStep(_PASSWORD)),
     (
