@@ -7,16 +7,15 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: agentlab_awx_setup
-short_description: Set AWX up for sandboxes, or take that away again
+short_description: Set up AWX for sandboxes, or remove that set-up
 version_added: 1.1.0
 description:
-  - Makes credential type, credential, project, job templates with surveys, and schedules in one organization of AWX
-    or of the
-    controller of Automation Platform.
-  - The playbook C(agentlab.proxmox.awx_setup) calls it with the surveys of the collection. Run that, not this module.
-  - Every object is looked up by its name and its organization. Objects of another organization are neither found
-    nor changed.
-  - An object that this module did not make is changed only with O(adopt).
+  - Creates a credential type, a credential, a project, job templates with surveys, and schedules in one organization
+    of AWX or of the controller of Automation Platform.
+  - Run the playbook C(agentlab.proxmox.awx_setup) instead of this module. The playbook calls the module with the
+    surveys of the collection.
+  - The module looks up every object by its name and organization, and never changes objects of another organization.
+  - The module changes objects that it did not create only with O(adopt).
 options:
   host:
     description: Address of AWX with its scheme, such as V(https://awx.example.net).
@@ -27,7 +26,7 @@ options:
     type: str
     default: /api/v2
   token:
-    description: OAuth token of AWX. With it O(username) and O(password) are not used.
+    description: OAuth token of AWX. With a token, O(username) and O(password) are not used.
     type: str
   username:
     description: User of AWX.
@@ -45,17 +44,17 @@ options:
     default: 30
   state:
     description:
-      - V(present) makes what is missing and changes what differs.
-      - V(absent) removes what this module made, and nothing else.
+      - V(present) creates missing objects and changes objects that differ.
+      - V(absent) removes the objects that this module created, and no others.
     type: str
     choices: [present, absent]
     default: present
   adopt:
     description:
-      - Whether objects that this module did not make may be changed, when they have the name and the organization
-        of one of
-        its own. Without it they are named, and nothing is changed at all.
-      - With O(state=absent), whether schedules and workflow nodes of other people that use a template may go with it.
+      - Whether the module may change objects that it did not create, if they have the name and organization of an
+        object of this set-up. Without this option the module lists these objects, and changes nothing at all.
+      - With O(state=absent), whether schedules and workflow nodes of other people that use a template may be removed
+        together with the template.
     type: bool
     default: false
   organization:
@@ -67,11 +66,11 @@ options:
     type: str
     default: agentlab
   project_scm_url:
-    description: URL of the Git repository of the project. Without it the project has to be there.
+    description: URL of the Git repository of the project. Without a URL the project must exist already.
     type: str
     default: ""
   project_scm_branch:
-    description: Branch of O(project_scm_url); the repository's own default unless set.
+    description: Branch of O(project_scm_url). Without this option, the repository's default branch.
     type: str
     default: ""
   project_update_on_launch:
@@ -79,7 +78,7 @@ options:
     type: bool
     default: true
   project_cache_timeout:
-    description: Seconds after a sync in which a launch does not sync again.
+    description: Seconds after a sync during which a launch does not sync the project again.
     type: int
     default: 3600
   project_timeout:
@@ -99,7 +98,7 @@ options:
     type: bool
     default: false
   execution_environment:
-    description: Name of the execution environment of the templates; the default of AWX unless set.
+    description: Name of the execution environment of the templates. Without this option, the default of AWX.
     type: str
     default: ""
   machine_credential:
@@ -107,29 +106,29 @@ options:
     type: str
     default: ""
   notification:
-    description: Name of a notification template that tells of failed jobs.
+    description: Name of a notification template that reports failed jobs.
     type: str
     default: ""
   galaxy_check:
-    description: Whether an organization without a Galaxy credential is refused.
+    description: Whether to refuse an organization without a Galaxy credential.
     type: bool
     default: true
   prefix:
-    description: Beginning of the names of templates, schedules and credential.
+    description: Beginning of the names of the templates, the schedules and the credential.
     type: str
     default: "agentlab - "
   update_secrets:
     description:
-      - Whether secrets in O(credential_inputs) are written to a credential that is there already.
-      - AWX does not show a secret, so each run with this changes something.
+      - Whether to write secrets of O(credential_inputs) into a credential that exists already.
+      - AWX never shows a secret, so the module cannot compare it. Each run with this option reports a change.
     type: bool
     default: false
   credential_type:
-    description: The credential type as AWX takes it.
+    description: The credential type, in the form of the AWX API.
     type: dict
     required: true
   credential_inputs:
-    description: Values of the credential. Without any, neither credential type nor credential is made.
+    description: Values of the credential. Without values, the module creates neither credential type nor credential.
     type: dict
     default: {}
     suboptions:
@@ -137,34 +136,34 @@ options:
         description: Host of the Proxmox VE API.
         type: str
       api_port:
-        description: Its port.
+        description: Port of the Proxmox VE API.
         type: str
       api_user:
         description: User with realm.
         type: str
       api_password:
-        description: Password of that user.
+        description: Password of O(credential_inputs.api_user).
         type: str
       api_token_id:
-        description: Token, as V(user@realm!name).
+        description: API token, as V(user@realm!name).
         type: str
       api_token_secret:
-        description: Secret of the token.
+        description: Secret of O(credential_inputs.api_token_id).
         type: str
       validate_certs:
-        description: Whether the certificate of Proxmox VE is verified.
+        description: Whether to verify the certificate of Proxmox VE.
         type: str
       ca_path:
-        description: CA certificate, a path on the hosts.
+        description: Path of the CA certificate on the hosts.
         type: str
       database:
-        description: Records, a path on the hosts or a DSN.
+        description: The records - a path on the hosts, or the DSN of a PostgreSQL database.
         type: str
       database_password:
-        description: Password of the DSN.
+        description: Password for the DSN.
         type: str
   templates:
-    description: Job templates, with playbook, survey, extra variables and schedule.
+    description: Job templates, each with playbook, survey, extra variables and schedule.
     type: list
     elements: dict
     required: true
@@ -177,12 +176,12 @@ attributes:
     description: Plans with full reads and writes nothing.
     support: full
   diff_mode:
-    description: Tells each object before and after, without secrets.
+    description: Shows each object before and after, without secrets.
     support: full
 """
 
 EXAMPLES = r"""
-- name: Make one template in the organization Default
+- name: Create a job template in the organization Default
   agentlab.proxmox.agentlab_awx_setup:
     host: https://awx.example.net
     token: "{{ lookup('ansible.builtin.env', 'CONTROLLER_OAUTH_TOKEN') }}"
@@ -195,13 +194,13 @@ EXAMPLES = r"""
       inputs: {fields: []}
     templates:
       - name: reconcile
-        description: Let leases that are over expire
+        description: Expire leases that are over
         playbook: reconcile.yml
 """
 
 RETURN = r"""
 steps:
-  description: What was done, in order. In check mode, and after a failure, what would be or was to be done.
+  description: The steps in their order. In check mode and after a failure, also the steps that were not done.
   returned: always
   type: list
   elements: dict
@@ -211,34 +210,34 @@ steps:
       type: str
       returned: always
     name:
-      description: Its name.
+      description: Name of the object.
       type: str
       returned: always
     action:
-      description: What was done, such as C(created).
+      description: The action on the object, such as C(created).
       type: str
       returned: always
     fields:
-      description: Fields that differed.
+      description: Fields of the object that differed.
       type: list
       elements: str
       returned: always
     done:
-      description: Whether it has been done.
+      description: Whether the step was done.
       type: bool
       returned: always
 foreign:
-  description: Objects that the set-up did not make but would change. A run changes them only with O(adopt).
+  description: Objects that this module did not create but would change. A run changes them only with O(adopt).
   returned: always
   type: list
   elements: str
 notes:
-  description: What a user should know, such as objects that were kept and why.
+  description: Further information, such as objects that were kept and why.
   returned: always
   type: list
   elements: str
 lines:
-  description: O(ignore:steps), foreign objects and notes as lines for people.
+  description: The steps, RV(foreign) and RV(notes), as lines for people.
   returned: always
   type: list
   elements: str
@@ -302,7 +301,7 @@ ARGUMENT_SPEC = {
 
 
 def read_desired(params):
-    """Return the options for the planner. Texts lose the blanks around them, because AWX stores them without those."""
+    """Return the options for the planner. AWX stores texts without surrounding blanks, so the options lose them too."""
     names = _awx_plan.DesiredObjects.__dataclass_fields__
     values = {name: params[name] for name in names}
     # The blank at the end of the prefix separates it from the rest of the name.

@@ -7,32 +7,32 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: agentlab_doctor
-short_description: Look at everything sandboxes depend on, and say what to do
+short_description: Check everything sandboxes depend on, and advise what to do
 version_added: 1.0.0
 description:
-  - Looks at the configuration, the database, the privileges of the token, quorum, the range of VMIDs, clocks, the
-    template, its storage, the daemon
-    and the versions of what is used. Each finding says what it means and what to do about it.
-  - Only reads. The exception is O(bundle), a file for bug reports.
+  - Checks the configuration, the database, the privileges of the token, quorum, the range of VMIDs, clocks, the
+    template, its storage, the daemon, and the versions of the software in use.
+  - Each finding says what it means and what to do about it.
+  - The module only reads. The exception is O(bundle), which writes a file for bug reports.
 options:
   template:
-    description: VMID or name of a template to look at, instead of the configured one.
+    description: VMID or name of the template to check. Without this option, the configured template.
     type: str
   bundle:
     description:
-      - File to write on the host where the module runs, with the findings, the configuration, the live sandboxes
-        and the last events, as JSON.
-      - It is written with mode 0600 and replaced if it is there. Passwords and token secrets are never in it. Check
-        mode does not write it.
+      - File to write on the host where the module runs. It contains the findings, the configuration, the live
+        sandboxes and the last events, as JSON.
+      - The file has mode 0600, and replaces an existing file. It never contains passwords or token secrets. Check mode
+        does not write it.
     type: path
   bundle_hosts:
     description:
-      - Leave names of hosts, nodes and VMs and their addresses in the O(bundle). Otherwise each is replaced by a
-        word such as V((node 1\)).
+      - Whether the O(bundle) contains the names and addresses of hosts, nodes and VMs. Without this option, a
+        placeholder such as V((node 1\)) replaces each.
     type: bool
     default: false
   fail_on:
-    description: Fail the task when there is a finding with this status or a worse one.
+    description: Fail the task if a finding has this status or a worse one.
     type: str
     choices: [never, problem, warning]
     default: never
@@ -42,17 +42,17 @@ extends_documentation_fragment:
 """
 
 EXAMPLES = r"""
-# Then show found.findings | rejectattr('status', 'equalto', 'ok'), and found.pveum: commands for missing privileges.
-- name: Look at everything
+# Then show checked.findings | rejectattr('status', 'equalto', 'ok'). Commands for missing privileges: checked.pveum.
+- name: Check everything
   agentlab.proxmox.agentlab_doctor:
-  register: found
+  register: checked
 
-- name: Stop a play where something would not work
+- name: Stop the play if sandboxes would not work
   agentlab.proxmox.agentlab_doctor:
     template: debian-13
     fail_on: problem
 
-- name: Write a bundle for a bug report, without names of hosts
+- name: Write a file for a bug report, without names of hosts
   agentlab.proxmox.agentlab_doctor:
     bundle: /root/agentlab-bundle.json
 """
@@ -64,11 +64,11 @@ status:
   type: str
   sample: warning
 problems:
-  description: How many findings are a V(problem).
+  description: Number of findings with the status V(problem).
   returned: always
   type: int
 findings:
-  description: What was looked at.
+  description: The findings, one or more for each check.
   returned: always
   type: list
   elements: dict
@@ -76,28 +76,28 @@ findings:
     check:
       description:
         - One of V(versions), V(configuration), V(database), V(work), V(proxmox), V(cluster), V(quorum), V(template),
-          V(storage), V(creation), V(placement) (where the node is chosen), V(privileges), V(vmid_range), V(clock)
-          and V(daemon).
+          V(storage), V(creation), V(placement) (if the node is chosen automatically), V(privileges), V(vmid_range),
+          V(clock) and V(daemon).
       type: str
       returned: always
     status:
-      description: V(ok), V(warning) (works, but look at it), V(problem) (something does not work), or V(unknown)
-        (could not be looked at).
+      description: V(ok), V(warning) (works, but needs attention), V(problem) (something does not work), or V(unknown)
+        (could not be checked).
       type: str
       returned: always
-    meaning: {description: What was found and what it means., type: str, returned: always}
-    advice: {description: What to do about it., type: str, returned: always}
-    facts: {description: Numbers and names behind it., type: dict, returned: always}
+    meaning: {description: The finding and its meaning., type: str, returned: always}
+    advice: {description: What to do about the finding., type: str, returned: always}
+    facts: {description: Numbers and names behind the finding., type: dict, returned: always}
 pveum:
   description:
-    - Commands for root on a node, with names of this configuration.
-    - They give the login what it lacks, and take nothing away. For root and for an administrator they make a token with
-      the least privileges. The list is empty when nothing is missing.
+    - Commands for root on a node, with the names of this configuration.
+    - The commands grant the login its missing privileges, and revoke none. For root and for an administrator, they
+      create a token with the least privileges. The list is empty if nothing is missing.
   returned: always
   type: list
   elements: str
 bundle:
-  description: The file that was written (in check mode, would be).
+  description: The file that was written (in check mode, would be written).
   returned: when O(bundle) is set
   type: str
 """

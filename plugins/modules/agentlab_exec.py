@@ -10,10 +10,10 @@ module: agentlab_exec
 short_description: Run a command in a sandbox
 version_added: 1.0.0
 description:
-  - Runs a command in a sandbox through the QEMU guest agent. Needs neither an address nor a network nor SSH.
-  - The VM is proven to be the sandbox's before and after the command. The sandbox must be READY or RUNNING, with a
-    lease that is not over.
-  - A command runs once. A request whose answer was lost is repeated, which never begins the command again.
+  - Runs a command in a sandbox through the QEMU guest agent. The sandbox needs no address, no network and no SSH.
+  - Before and after the command, the module proves that the VM belongs to the sandbox. The sandbox must be READY or
+    RUNNING, with a lease that is not over.
+  - A command runs once. If an answer is lost the module repeats the request, which never starts the command again.
   - The guest needs C(qemu-guest-agent) and a POSIX shell with coreutils and util-linux, or busybox. Windows guests
     are not supported.
 options:
@@ -24,36 +24,37 @@ options:
     description: Name of the sandbox.
     type: str
   argv:
-    description: The program and its arguments. No shell is involved; arguments may have any characters but NUL.
+    description: The program and its arguments. No shell reads them. Arguments may have any characters but NUL.
     type: list
     elements: str
   cmd:
-    description: A command for C(/bin/sh) of the guest.
+    description: A command for C(/bin/sh) in the guest.
     type: str
   stdin:
-    description: Standard input of the command, written as O(encoding) says (no line feed is added). Empty unless set.
+    description: Standard input of the command, in the form that O(encoding) names. No line feed is added. Without this
+      option, the input is empty.
     type: str
   chdir:
-    description: Folder to change to first. The home of the user unless set.
+    description: Folder in which the command runs. Without this option, the home of the user.
     type: str
   environment:
-    description: Environment variables, beside the few that the guest agent has (such as E(PATH)).
+    description: Environment variables, in addition to the few that the guest agent sets (such as E(PATH)).
     type: dict
   user:
-    description: Name or id of the user of the guest who runs the command. The user of the guest agent (C(root))
-      unless set.
+    description: Name or id of the user in the guest who runs the command. Without this option, the user of the guest
+      agent (C(root)).
     type: str
   creates:
-    description: Path or pattern. Where it exists in the guest the command is not run.
+    description: Path or pattern. If it exists in the guest, the command does not run.
     type: str
   removes:
-    description: Path or pattern. Where it does not exist in the guest the command is not run.
+    description: Path or pattern. If it does not exist in the guest, the command does not run.
     type: str
   timeout:
     description:
-      - Seconds, or a duration (V(90s), V(10m), V(2h)), after which the command and its process group are ended
-        (C(TERM), then C(KILL)).
-      - V(0) sets no limit; the command ends with the sandbox then.
+      - Seconds, or a duration (V(90s), V(10m), V(2h)), after which the command and its process group get the signal
+        C(TERM), then C(KILL).
+      - V(0) sets no limit. The command then ends with the sandbox at the latest.
     type: str
     default: "60"
   kill_after:
@@ -61,60 +62,61 @@ options:
     type: int
     default: 5
   max_output:
-    description: Bytes of standard output, and as many of standard error, that are kept. What is beyond is dropped,
-      and RV(truncated) says so.
+    description: Bytes of standard output to return, and as many bytes of standard error. Further output is dropped,
+      and RV(truncated) is V(true).
     type: int
     default: 1048576
   encoding:
     description:
-      - How O(stdin) is read, and how the output becomes text. Bytes that are no such text become C(U+FFFD).
-      - With V(base64) O(stdin) is base64, and the output is returned as base64, byte for byte.
+      - Encoding of O(stdin) and of the output. Bytes that are not valid in the encoding become C(U+FFFD).
+      - With V(base64), O(stdin) is base64, and the output is returned as base64, byte for byte.
     type: str
     choices: [utf-8, latin-1, base64]
     default: utf-8
   secret:
     description:
-      - Whether O(stdin) and the values of O(environment) are secret. They are kept out of what Ansible shows and logs
-        then, also where the output holds them, or a line of them of eight characters or more.
-      - A value of fewer than four characters is hidden in the options alone. Half of all words and numbers contain
-        it, so that hiding it in the output would hide those.
-      - Other output is returned and shown. C(no_log) of the task hides all of it.
-      - Without O(api_host) such a command is refused where the VM is on another node, because C(pvesh) would show
-        it in the process list.
+      - Whether O(stdin) and the values of O(environment) are secret. Ansible then neither shows nor logs them. The
+        output is also cleared of the secrets, and of each line of eight characters or more in a secret.
+      - A value of fewer than four characters is hidden only in the options. Such a value is part of many words and
+        numbers, and hiding it in the output would damage them.
+      - Other output is returned and shown. To hide all output, set C(no_log) of the task.
+      - Without O(api_host), the module refuses a secret command if the VM is on another node, because C(pvesh) would
+        show the secret in the process list.
     type: bool
     default: false
   log_command:
-    description: Whether the event in the record has the whole command. It has the name of the program only unless set.
+    description: Whether the event in the record contains the whole command. Otherwise it contains only the name of the
+      program.
     type: bool
     default: false
   wait_for_agent:
-    description: Seconds to wait for a guest agent that does not answer yet, such as just after a start.
+    description: Seconds to wait for a guest agent that does not answer yet, for example just after a start.
     type: int
     default: 0
   action:
     description:
-      - With V(run) the command is run, and its end is waited for.
-      - With V(start) the command is begun, and goes on by itself until O(timeout), which should be set.
-      - V(status) tells the state of the run O(run_id) and its output so far, V(wait) waits for its end (at most
-        O(timeout)), V(kill) ends it.
+      - V(run) runs the command and waits for its end.
+      - V(start) starts the command and does not wait. The command runs for at most O(timeout), so set that option.
+      - V(status) returns the state of the run O(run_id) and its output so far. V(wait) waits for its end, at most
+        O(timeout). V(kill) ends it.
     type: str
     choices: [run, start, status, wait, kill]
     default: run
   run_id:
     description:
-      - UUID of the run. Needed with O(action=status), O(action=wait) and O(action=kill).
-      - With O(action=run) and O(action=start) a run of that id which was begun before is not begun again; its
-        result is returned.
+      - UUID of the run. Required with O(action=status), O(action=wait) and O(action=kill).
+      - With O(action=run) and O(action=start), a run with this id that was started before is not started again. The
+        module returns its result.
     type: str
 extends_documentation_fragment:
   - agentlab.proxmox.common
   - agentlab.proxmox.common.attributes
 attributes:
   check_mode:
-    description: Looks whether the sandbox may be used, and runs nothing.
+    description: Checks whether the sandbox can be used, and runs nothing.
     support: full
   diff_mode:
-    description: A command has no difference to tell.
+    description: A command has no difference to show.
     support: none
 """
 
@@ -125,7 +127,7 @@ EXAMPLES = r"""
     argv: [git, clone, https://example.org/project.git, /srv/project]
     creates: /srv/project/.git
 
-- name: Run a command as a user, with a secret by standard input
+- name: Run a command as a user, with a secret on standard input
   agentlab.proxmox.agentlab_exec:
     name: agent-1
     cmd: ./login --password-stdin && make test
@@ -135,7 +137,7 @@ EXAMPLES = r"""
     secret: true
     timeout: 20m
 
-- name: Begin something that runs for hours
+- name: Start a command that runs for hours
   agentlab.proxmox.agentlab_exec:
     vmid: 1000
     argv: [/usr/local/bin/agent, --task, "{{ task }}"]
@@ -143,7 +145,7 @@ EXAMPLES = r"""
     timeout: 6h
   register: agent
 
-- name: Wait for its end
+- name: Wait for the end of the command
   agentlab.proxmox.agentlab_exec:
     vmid: 1000
     action: wait
@@ -153,11 +155,11 @@ EXAMPLES = r"""
 
 RETURN = r"""
 rc:
-  description: Exit status of the command; 128 and the number of a signal that ended it.
+  description: Exit status of the command. If a signal ended the command, 128 plus the number of the signal.
   returned: when the command has ended
   type: int
 signal:
-  description: Number of the signal that ended the command, where the guest's shell tells it apart from an exit status.
+  description: Number of the signal that ended the command, if the guest's shell can tell it from an exit status.
   returned: always
   type: int
 stdout:
@@ -169,17 +171,17 @@ stderr:
   returned: always
   type: str
 stdout_lines:
-  description: Standard output by lines.
+  description: Lines of the standard output.
   returned: always
   type: list
   elements: str
 stderr_lines:
-  description: Standard error by lines.
+  description: Lines of the standard error.
   returned: always
   type: list
   elements: str
 truncated:
-  description: Whether there was more output than O(max_output).
+  description: Whether the command wrote more output than O(max_output).
   returned: always
   type: bool
 timed_out:
@@ -187,15 +189,15 @@ timed_out:
   returned: always
   type: bool
 duration_ms:
-  description: Milliseconds that the command took in the guest.
+  description: Run time of the command in the guest, in milliseconds.
   returned: always
   type: int
 run_id:
-  description: Id of the run.
+  description: UUID of the run.
   returned: always
   type: str
 state:
-  description: C(ended), C(running), or C(skipped) because of O(creates) or O(removes). C(would_run) in check mode.
+  description: V(ended), V(running), or V(skipped) because of O(creates) or O(removes). In check mode V(would_run).
   returned: always
   type: str
 vmid:

@@ -10,21 +10,22 @@ module: agentlab_lease
 short_description: Renew the leases of sandboxes
 version_added: 1.0.0
 description:
-  - Sets the lease of running sandboxes to now plus O(ttl), capped at the configured maximum lifetime.
-  - A renewal that comes too late fails; it never succeeds for a sandbox that is being expired or destroyed.
+  - Sets the end of a running sandbox's lease to now plus O(ttl), capped at the configured maximum lifetime.
+  - A late renewal fails. It never succeeds for a sandbox that is being expired or destroyed.
 options:
   ttl:
-    description: Time from now, as minutes (V(120)) or a duration (V(90s), V(30m), V(2h), V(1.5h), V(1d12h)).
+    description: Length of the lease from now, as minutes (V(120)) or a duration (V(90s), V(30m), V(2h), V(1.5h),
+      V(1d12h)).
     type: str
     required: true
   min_remaining:
     description:
-      - Renew only when less than this is left, so that a play that renews on every run changes something only when
-        it is time.
-      - Without it, repeating a renewal within a minute changes nothing.
+      - Renew only if the lease ends sooner than this, as minutes or a duration. A play that renews on every run then
+        changes something only when a renewal is due.
+      - Without this option, repeating a renewal within a minute changes nothing.
     type: str
   allow_shorten:
-    description: Whether the lease may become shorter than it is.
+    description: Whether the renewal may make the lease end earlier than now set.
     type: bool
     default: false
 extends_documentation_fragment:
@@ -34,12 +35,12 @@ extends_documentation_fragment:
 """
 
 EXAMPLES = r"""
-- name: Renew for two hours
+- name: Renew a lease for two hours
   agentlab.proxmox.agentlab_lease:
     vmid: 1000
     ttl: 2h
 
-- name: Keep at least half an hour on it
+- name: Renew a lease for two hours if it ends within half an hour
   agentlab.proxmox.agentlab_lease:
     name: agent-1
     ttl: 2h
@@ -53,13 +54,13 @@ sandboxes:
   type: list
   elements: dict
 results:
-  description: What became of each, as in M(agentlab.proxmox.agentlab_sandbox), with C(lease_expires_at),
+  description: The outcome for each sandbox, as in M(agentlab.proxmox.agentlab_sandbox), with C(lease_expires_at),
     C(granted_seconds) and C(capped).
   returned: always
   type: list
   elements: dict
 failed_count:
-  description: How many of them failed.
+  description: Number of sandboxes whose renewal failed.
   returned: always
   type: int
 """

@@ -10,25 +10,26 @@ module: agentlab_prune
 short_description: Destroy sandboxes whose lease is over
 version_added: 1.0.0
 description:
-  - Destroys what is in C(TIMEOUT) (and in other terminal states where asked), and closes the records of VMs that
-    are proven to be gone.
-  - Everything else is kept and listed with its reason. Check mode is the dry run, with full reads and the same answer.
+  - Destroys the sandboxes in state C(TIMEOUT), or in the states of O(states). Closes the records of sandboxes whose VM
+    is proven to be gone.
+  - All other sandboxes are kept, and returned with the reason. Check mode is the dry run, with all reads and the same
+    result.
 options:
   older_than:
     description:
-      - Only those that entered their state longer ago than this, as minutes or a duration such as V(24h).
+      - Prune only sandboxes that entered their state longer ago than this, as minutes or a duration such as V(24h).
     type: str
   states:
-    description: Which states to prune, of V(TIMEOUT), V(COMPLETED), V(FAILED) and V(STOPPED).
+    description: The states to prune, of V(TIMEOUT), V(COMPLETED), V(FAILED) and V(STOPPED).
     type: list
     elements: str
     default: [TIMEOUT]
   tags:
-    description: Only sandboxes with at least one of these tags.
+    description: Prune only sandboxes with at least one of these tags.
     type: list
     elements: str
   max_count:
-    description: A guard, not a batch size. When more would be pruned, nothing is, and the task fails saying so.
+    description: A guard, not a batch size. If more sandboxes would be pruned, the task prunes none and fails.
     type: int
 extends_documentation_fragment:
   - agentlab.proxmox.common
@@ -37,12 +38,12 @@ extends_documentation_fragment:
 """
 
 EXAMPLES = r"""
-- name: Show what would be pruned, and why the rest is kept
+- name: Show which sandboxes would be pruned, and why the others are kept
   agentlab.proxmox.agentlab_prune:
   check_mode: true
   diff: true
 
-- name: Prune what has been over for a day, but never more than twenty at once
+- name: Prune sandboxes a day after their lease ended, but never more than twenty at once
   agentlab.proxmox.agentlab_prune:
     older_than: 24h
     max_count: 20
@@ -50,18 +51,18 @@ EXAMPLES = r"""
 
 RETURN = r"""
 count:
-  description: How many were pruned (in check mode, would be).
+  description: Number of sandboxes that were pruned (in check mode, would be pruned).
   returned: always
   type: int
   sample: 5
 pruned:
-  description: What was pruned, each as in RV(agentlab.proxmox.agentlab_sandbox#module:results).
+  description: The pruned sandboxes, each as in RV(agentlab.proxmox.agentlab_sandbox#module:results).
   returned: always
   type: list
   elements: dict
 kept:
   description:
-    - What was kept, each with a C(message) and a C(reason).
+    - The kept sandboxes, each with a C(message) and a C(reason).
     - Reasons are V(too_young), V(protected), V(locked), V(node_offline), V(ambiguous), V(foreign), V(unknown),
       V(workspace), V(workspace_in_snapshot), V(snippet), V(busy), V(changed), V(denied), V(rule), V(clock_jumped),
       V(restored).
@@ -70,13 +71,13 @@ kept:
   elements: dict
 failed:
   description:
-    - An empty list when nothing failed. A failed item fails the task; Ansible itself then says V(true) here, and
-      RV(failed_items) has the items.
-    - From ansible-core 2.21 on it is V(false) when nothing failed, because Ansible takes nothing but a boolean here.
+    - An empty list if no sandbox failed. A failed sandbox fails the task. Ansible then sets this value to V(true), and
+      RV(failed_items) contains the sandboxes.
+    - With ansible-core 2.21 and newer, V(false) if no sandbox failed, because Ansible accepts only a boolean here.
   returned: always
   type: raw
 failed_items:
-  description: What failed, each as in RV(agentlab.proxmox.agentlab_sandbox#module:results).
+  description: The failed sandboxes, each as in RV(agentlab.proxmox.agentlab_sandbox#module:results).
   returned: always
   type: list
   elements: dict
@@ -93,7 +94,7 @@ ARGUMENT_SPEC = {
     "wait_timeout": {"type": "int"},
 }
 
-# ansible-core 2.21 and later warn of anything but a boolean, and replace it.
+# ansible-core 2.21 and newer accept only a boolean in ``failed``. They replace a list, with a warning.
 _MAY_BE_A_LIST = [int(part) for part in ansible_version.split(".")[:2]] < [2, 21]
 
 

@@ -10,25 +10,25 @@ module: agentlab_reconcile
 short_description: Compare the records of sandboxes with Proxmox VE and repair the drift
 version_added: 1.0.0
 description:
-  - Finishes what interrupted runs left, lets leases that are over expire, and compares every record with its VM.
+  - Finishes the operations of interrupted runs, expires leases that are over, and compares every record with its VM.
     Check mode only reports.
-  - A VM that is absent in two passes in a row becomes C(DESTROYED). A VM without a record is reported and never
-    adopted. An unreachable node changes nothing.
-  - When a repair fails, the task fails after all others were tried, with all differences in the answer.
+  - A sandbox whose VM is absent in two passes in a row becomes C(DESTROYED). A VM without a record is reported and
+    never adopted. If a node is unreachable, the records of its sandboxes stay as they are.
+  - If a repair fails, the module tries all other repairs, then fails with all differences in the result.
 options:
   adopt_cluster:
     description:
-      - Note the cluster that O(api_host) leads to as the one the records belong to, before comparing.
-      - Only for the same cluster after it got a new certificate authority, or for a node that joined a cluster.
-        Records never change clusters.
+      - Whether to store the cluster of O(api_host) as the cluster of the records, before comparing.
+      - Use this option only if the same cluster has a new certificate authority, or if the node has joined a cluster.
+        Records never move to another cluster.
     type: bool
     default: false
   release_leases:
     description:
-      - Let leases end, and prune and cleanup go on, after an older copy of the records was put in place, or cleanup
-        was frozen.
-      - Look at the sandboxes first, and renew what is still needed. Leases that are over by the copy end in the
-        same run.
+      - Whether to release leases, prune and cleanup. They are held after an older copy of the records was restored, or
+        after cleanup was frozen.
+      - Look at the sandboxes first, and renew the leases that are still needed. Leases that are over according to the
+        restored copy end in the same run.
     type: bool
     default: false
     version_added: 1.1.0
@@ -43,13 +43,13 @@ EXAMPLES = r"""
   agentlab.proxmox.agentlab_reconcile:
   check_mode: true
 
-- name: Repair it
+- name: Repair the drift
   agentlab.proxmox.agentlab_reconcile:
 """
 
 RETURN = r"""
 drift:
-  description: The differences found.
+  description: The differences between the records and Proxmox VE.
   returned: always
   type: list
   elements: dict
@@ -57,19 +57,19 @@ drift:
     kind:
       description:
         - One of V(interrupted), V(lease_expired), V(still_running), V(absent), V(back), V(vmid_reused), V(stopped),
-          V(moved), V(running), V(stale),
-          V(address), V(unrecorded), V(node_offline), V(ambiguous), V(locked) and V(unknown).
+          V(moved), V(running), V(suspended), V(stale), V(address), V(workspace), V(unrecorded), V(node_offline),
+          V(ambiguous), V(locked) and V(unknown).
       type: str
       returned: always
-    action: {description: What is done about it; V(none) where nothing may be., type: str, returned: always}
-    evidence: {description: What shows it., type: dict, returned: always}
-    vmid: {description: The VMID., type: int, returned: always}
+    action: {description: The action on the difference. V(none) if no action is allowed., type: str, returned: always}
+    evidence: {description: The facts that show the difference., type: dict, returned: always}
+    vmid: {description: The VMID of the sandbox or VM., type: int, returned: always}
     uuid: {description: The sandbox's own UUID., type: str, returned: always}
-    state: {description: The state the record was in., type: str, returned: always}
+    state: {description: The state of the sandbox in its record., type: str, returned: always}
     applied: {description: Whether the action was carried out., type: bool, returned: always}
-    error: {description: 'Why it could not be, if so.', type: str, returned: always}
+    error: {description: 'Why the action failed, or null.', type: str, returned: always}
 count:
-  description: How many.
+  description: Number of differences.
   returned: always
   type: int
 """
@@ -84,7 +84,7 @@ ARGUMENT_SPEC = {
 
 
 def _release_hold(module, context):
-    """Release the hold on leases and cleanup. Return whether there was one."""
+    """Release the hold on leases and cleanup; in check mode, do not. Return whether there was a hold."""
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import timeguard
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup
 

@@ -10,125 +10,128 @@ module: agentlab_sandbox
 short_description: Create, start, stop, suspend and destroy sandboxes on Proxmox VE
 version_added: 1.0.0
 description:
-  - A sandbox is a throw-away VM with a lease, cloned from a template, and the record of it.
-  - Only a VM that is proven to be the sandbox's own is ever stopped, changed or deleted. Proxmox VE hands VMIDs out
-    again, so a VMID proves nothing.
-  - A record becomes C(DESTROYED) only when the absence of its VM is proven.
-  - With O(vmid) and O(name), the sandbox of that VMID has to have that name; otherwise nothing is done.
+  - A sandbox is a throw-away VM with a lease, cloned from a template, together with its record.
+  - The module stops, changes or deletes a VM only after it has proven that the VM belongs to the sandbox. Proxmox VE
+    reuses VMIDs, so a VMID proves nothing.
+  - A sandbox becomes C(DESTROYED) only after its VM is proven to be absent.
+  - With both O(vmid) and O(name), the sandbox with that VMID must have that name. Otherwise the task fails and changes
+    nothing.
 options:
   state:
     description:
-      - V(present) creates and starts a sandbox that is not there, finishes a creation that was cut off, and leaves
-        the power state of one that is there.
-      - V(started), V(stopped) and V(suspended) change the power state of one that is there. They look at the VM.
-        Where somebody else switched it on or
-        off, suspended or hibernated it, it is brought to the state that is asked for, and the record with it.
-      - A hibernated VM counts as suspended. V(started) takes its saved memory up again, V(stopped) throws that away
-        only with O(force=true).
-      - V(completed) and V(failed) report the end of its job.
-      - V(absent) destroys it. A sandbox whose VM runs is refused unless O(force=true), whatever the record says.
-      - With V(absent), a sandbox that no record has is C(not_found) and unchanged; every other state fails for it.
+      - V(present) creates and starts a sandbox that does not exist, finishes an interrupted creation, and does not
+        change the power state of an existing sandbox.
+      - V(started), V(stopped) and V(suspended) change the power state of an existing sandbox. They read the state of
+        the VM. If somebody else has started, stopped, suspended or hibernated the VM, the VM and the record are
+        brought to the state of the task.
+      - A hibernated VM counts as suspended. V(started) resumes it with its saved memory. V(stopped) discards the saved
+        memory, and only with O(force=true).
+      - V(completed) and V(failed) report the end of the sandbox's job.
+      - V(absent) destroys the sandbox. If its VM runs, whatever the record says, the task fails unless O(force=true).
+      - With V(absent), the outcome of a sandbox without a record is V(not_found), and nothing changes. With every
+        other state but V(present), the task fails.
     type: str
     choices: [present, started, stopped, suspended, completed, failed, absent]
     default: present
   force:
     description:
-      - With O(state=absent), destroy in any state and without a graceful shutdown.
-      - With O(state=stopped), throw the saved memory of a hibernated VM away.
-      - It skips no proof of identity or absence, and no protection.
+      - With O(state=absent), destroy the sandbox in any state, without a graceful shutdown.
+      - With O(state=stopped), discard the saved memory of a hibernated VM.
+      - The proofs of identity and absence, and O(protected), hold in any case.
     type: bool
     default: false
   protected:
-    description: Whether the sandbox is kept from every destroy, forced or not. With O(state=present), also changed
-      on a sandbox that is there.
+    description: Whether every destroy of the sandbox is refused, also with O(force=true). With O(state=present), the
+      module changes this value of an existing sandbox too.
     type: bool
   keepalive:
-    description: Whether the lease is renewed when it runs out, as long as the configured maximum lifetime allows.
+    description: Whether the lease is renewed automatically when it ends, up to the configured maximum lifetime.
     type: bool
   profile:
     description:
-      - Name of a profile, which fills in what is not given here. An option that is given wins over the profile, the
-        profile over the configuration.
-      - Profiles are files of the folder C(profiles_dir) (V(/etc/agentlab/profiles)) on the host where the module runs.
+      - Name of a profile, which sets the options that the task does not set. An option of the task wins over the
+        profile, and the profile wins over the configuration.
+      - Profiles are files in the folder C(profiles_dir) (V(/etc/agentlab/profiles)) on the host where the module runs.
     type: str
   template:
     description:
-      - VMID or name of the template to clone. The configuration's C(template) unless set.
-      - Of several templates with that name, the one on the node where the sandbox is to be.
+      - VMID or name of the template to clone. Without this option, the configuration's C(template).
+      - If several templates have that name, the module clones the template on the node of the sandbox.
     type: str
   node:
     description:
-      - Node to create on, or V(auto) to have the node chosen that suits best, by its free memory, storages,
-        bridges, templates and the configuration's
-        C(placement).
-      - The configuration's C(node) unless set; without that V(auto) on a cluster of several nodes, and the
-        template's node on a single one.
+      - Node for the sandbox. V(auto) chooses the best node by free memory, storages, bridges, templates and the
+        configuration's C(placement).
+      - Without this option, the configuration's C(node). Without that, V(auto) on a cluster of several nodes, and the
+        template's node on a single node.
     type: str
   full_clone:
     description:
-      - Whether to make a full clone. A clone is linked unless this or O(storage) asks for a full one, the template
-        lies on another storage than the
-        configuration's C(storage), or that storage has no linked clones.
+      - Whether to make a full clone. Without this option, the clone is linked.
+      - O(storage) also makes the clone full. So does a template on another storage than the configuration's
+        C(storage), and a storage that has no linked clones.
     type: bool
   storage:
     description: Storage for a full clone.
     type: str
   pool:
-    description: Resource pool to put the VM in.
+    description: Resource pool for the VM.
     type: str
   cores:
-    description: Number of cores. The template's unless set.
+    description: Number of cores. Without this option, the template's number.
     type: int
   memory:
-    description: Memory in MiB. The template's unless set.
+    description: Memory in MiB. Without this option, the template's memory.
     type: int
   cpu_type:
-    description: CPU type, such as V(host) or V(x86-64-v2-AES). The template's unless set.
+    description: CPU type, such as V(host) or V(x86-64-v2-AES). Without this option, the template's type.
     type: str
   disk_size:
-    description: Size of the boot disk, such as V(20G), or V(+10G) to add to the template's. It never shrinks.
+    description: Size of the boot disk, such as V(20G), or V(+10G) to add to the size in the template. A disk never
+      shrinks.
     type: str
   bridge:
-    description: Network bridge of the first interface. The template's unless set.
+    description: Network bridge of the first interface. Without this option, the template's bridge.
     type: str
   network_model:
-    description: Model of the first interface. The template's unless set.
+    description: Model of the first interface. Without this option, the template's model.
     type: str
     choices: [virtio, e1000, e1000e, rtl8139, vmxnet3]
   vlan_tag:
-    description: VLAN of the first interface, from V(1) to V(4094). The template's unless set.
+    description: VLAN of the first interface, from V(1) to V(4094). Without this option, the template's VLAN.
     type: int
   second_bridge:
-    description: Network bridge of a second interface, which is made where the template has none.
+    description: Network bridge of a second interface. If the template has no second interface, the module adds it.
     type: str
   second_vlan_tag:
     description: VLAN of the second interface, from V(1) to V(4094).
     type: int
   second_ip_config:
-    description: Cloud-init network configuration of the second interface, as O(ip_config).
+    description: Cloud-init network configuration of the second interface, in the form of O(ip_config).
     type: str
   firewall:
-    description: Whether the firewall of Proxmox VE is on for the first interface.
+    description: Whether to enable the firewall of Proxmox VE on the first interface.
     type: bool
   firewall_group:
-    description: Security group of Proxmox VE that is put into the VM's firewall rules, with its firewall on. The
-      group has to exist.
+    description: Security group of Proxmox VE to add to the VM's firewall rules. This enables the VM's firewall. The
+      group must exist.
     type: str
   cloud_init_user:
     description: User that cloud-init creates instead of the image's own.
     type: str
   cloud_init_password:
     description:
-      - Password of that user. Proxmox VE keeps its hash; this collection keeps nothing of it.
-      - Has to be a text. YAML reads V(012345) as a number, so put it in quotes.
+      - Password of the user that cloud-init creates. Proxmox VE stores its hash. This collection stores nothing of it.
+      - The password must be a text. YAML reads V(012345) as a number, so put the password in quotes.
     type: raw
   cloud_init_upgrade:
-    description: Whether cloud-init upgrades the packages at the first start. Proxmox VE does so unless told otherwise.
+    description: Whether cloud-init upgrades the packages at the first start. Without this option, Proxmox VE lets
+      cloud-init upgrade them.
     type: bool
   cloud_init_vendor_data:
     description:
-      - Vendor data for cloud-init, as the volume id of a snippet that is there, such as V(local:snippets/vendor.yaml).
-      - It is used beside what Proxmox VE or O(cloud_init_user_data) say.
+      - Vendor data for cloud-init, as the volume id of an existing snippet, such as V(local:snippets/vendor.yaml).
+      - Cloud-init uses the vendor data in addition to the user data of Proxmox VE or of O(cloud_init_user_data).
     type: str
   ip_config:
     description: Cloud-init network configuration, such as V(ip=dhcp) or V(ip=192.0.2.10/24,gw=192.0.2.1).
@@ -137,91 +140,89 @@ options:
     description: Cloud-init name servers, separated by blanks or commas.
     type: str
   searchdomain:
-    description: Cloud-init search domain; several are separated by blanks.
+    description: Cloud-init search domains, separated by blanks.
     type: str
   ssh_public_keys:
     description:
       - Public keys that cloud-init puts into the VM - a list of keys, or a text with one key a line, such as a file
-        or a survey's textarea.
-      - Empty lines and lines that begin with C(#) are left out. Options of a key, such as C(from="192.0.2.0/24"),
-        are kept.
-      - A private key is refused.
+        or the text area of a survey.
+      - The module ignores empty lines and lines that begin with C(#). It keeps options of a key, such as
+        C(from="192.0.2.0/24").
+      - The module refuses a private key.
     type: raw
   cloud_init_user_data:
     description:
-      - User data for cloud-init, such as a C(#cloud-config) document. It replaces what Proxmox VE would say of
-        users and keys.
-      - It is written as a snippet, readable for root alone, and removed with the sandbox, or when the creation
-        fails. It stands nowhere else.
-      - Proxmox VE takes no uploads of snippets, so the module has to run on the node that will hold the VM, or on a
-        host that shares the storage
-        C(snippets_storage) with it at C(snippets_dir).
+      - User data for cloud-init, such as a C(#cloud-config) document. It replaces the users and keys of Proxmox VE's
+        own user data.
+      - The module writes the user data as a snippet that only root can read, and stores it nowhere else. The snippet is
+        removed together with the sandbox, or if the creation fails.
+      - Proxmox VE accepts no uploads of snippets. So the module must run on the node of the VM, or on a host that has
+        the storage C(snippets_storage) of that node mounted at C(snippets_dir).
     type: str
   workspace:
     description:
-      - Name (or id) of a workspace that the sandbox gets before it starts. It has to exist and to be detached; see
+      - Name or id of a workspace to attach before the sandbox starts. The workspace must exist and be detached, see
         M(agentlab.proxmox.agentlab_workspace).
-      - It is detached again before the sandbox is destroyed, and kept.
+      - A destroy detaches the workspace before, and keeps it.
     type: str
   tags:
     description:
-      - Tags of the record and the VM, in small letters. The VM also gets the tag V(agentlab).
-      - A list, or a text with commas, blanks or line feeds between them.
-      - A cluster may forbid tags. A sandbox is then created without them, with a warning; its record has them.
+      - Tags of the record and the VM, in lower case. The VM also gets the tag V(agentlab).
+      - A list, or a text with commas, blanks or line feeds between the tags.
+      - A cluster may forbid tags. The VM is then created without them, with a warning. The record has the tags.
     type: list
     elements: str
   description:
     description:
-      - Text for the notes of the VM in Proxmox VE. It stands below the lines by which the VM is recognised, which stay.
-      - A profile's C(description) is the profile's own text.
+      - Text for the notes of the VM in Proxmox VE. The notes begin with the lines that identify the VM, and the text
+        follows below.
+      - The C(description) of a profile describes the profile, and does not go into the notes.
     type: str
   update:
     description:
-      - With O(state=present), apply O(cores), O(memory), O(tags) and O(description) to a sandbox that is there,
-        where they differ.
-      - Without it, and for all other options, a warning names each option that was given and differs from what the
-        sandbox was created with. Of
-        O(cloud_init_user_data) and O(cloud_init_password) nothing is kept, so they are not compared.
+      - With O(state=present), whether to apply O(cores), O(memory), O(tags) and O(description) to an existing sandbox
+        if they differ.
+      - Without O(update), and for all other options, a warning names each option of the task that differs from the
+        options at the creation. O(cloud_init_user_data) and O(cloud_init_password) are not stored, so the module cannot
+        compare them.
     type: bool
     default: false
   allow_restart:
     description:
-      - Whether O(update) may stop and start the VM where Proxmox VE needs that - for O(cores) and O(memory) of a VM
-        that runs.
-      - Without it such an update is refused, and nothing is changed. Tags and description need no restart.
+      - Whether O(update) may stop and start the VM. Proxmox VE needs a restart to change O(cores) and O(memory) of a
+        running VM.
+      - Without this option, the module refuses such an update and changes nothing. Tags and description need no
+        restart.
     type: bool
     default: false
   ttl:
     description:
-      - Time until the lease runs out, as minutes (V(120)) or a duration (V(90s), V(30m), V(2h), V(1.5h), V(1d12h)).
-      - The profile's default, or else the configuration's C(default_ttl) (4 hours), unless set.
-      - Only used when the sandbox is created; see M(agentlab.proxmox.agentlab_lease).
+      - Length of the lease, as minutes (V(120)) or a duration (V(90s), V(30m), V(2h), V(1.5h), V(1d12h)).
+      - Without this option, the profile's default, or else the configuration's C(default_ttl) (4 hours).
+      - The module uses this option only to create a sandbox. M(agentlab.proxmox.agentlab_lease) renews a lease.
     type: str
   wait_for_ip:
     description:
-      - Whether to wait until the guest agent names an address.
-      - With O(state=present), also for a sandbox that is there and runs, if it has no address yet or was started since.
-        An address that is more than five minutes old is looked up once, without waiting.
-      - With O(state=started), the address is looked up anew, because a guest that was started may have got another one.
+      - Whether to wait until the guest agent reports an address.
+      - With O(state=present), the module also waits for an existing sandbox that runs, if no address is known since its
+        last start. It reads an address that is more than five minutes old once again, without waiting.
+      - With O(state=started), the module reads the address again, because a started guest may get another address.
     type: bool
     default: false
   wait_for_cloud_init:
     description:
-      - Whether to wait until the guest agent shows that cloud-init has ended. When it ended with errors the sandbox
-        becomes C(FAILED), and the VM stays.
-      - Reads C(/run/cloud-init/result.json) through the guest agent, which needs the privilege
-        C(VM.GuestAgent.FileRead) or C(VM.GuestAgent.Unrestricted)
-        on Proxmox VE 9, C(VM.Monitor) on 8.
+      - Whether to wait until cloud-init has ended. If cloud-init ended with errors, the sandbox becomes C(FAILED), and
+        its VM stays.
+      - The module reads C(/run/cloud-init/result.json) through the guest agent. Proxmox VE 9 requires the privilege
+        C(VM.GuestAgent.FileRead) or C(VM.GuestAgent.Unrestricted) for this, Proxmox VE 8 requires C(VM.Monitor).
     type: bool
     default: false
   items:
     description:
-      - Several sandboxes to create, several at once, with O(state=present). Each has a O(items[].name) or a
-        O(items[].vmid), and any option of a creation.
-        What it leaves out is taken from the task's own options.
-      - All of them are checked before anything is done. Then each has an outcome of its own, and a failed one stops
-        no other. Run again, the task goes on
-        with those that are not there.
+      - Sandboxes to create in parallel, with O(state=present). Each item has a O(items[].name) or a O(items[].vmid),
+        and any options of a creation. Options that the item does not set are taken from the task.
+      - The module checks all items before it changes anything. Then each sandbox has its own outcome, and a failed
+        creation stops no other. The next run of the task creates the missing sandboxes.
     type: list
     elements: dict
     suboptions:
@@ -366,18 +367,18 @@ EXAMPLES = r"""
     wait_for_ip: true
   register: created
 
-- name: Create one of a kind, for less time than its profile says
+- name: Create a sandbox from a profile, with a shorter lease
   agentlab.proxmox.agentlab_sandbox:
     name: agent-2
     profile: yolo-ephemeral
     ttl: 30m
 
-- name: Create one on the node that suits best
+- name: Create a sandbox on the best node
   agentlab.proxmox.agentlab_sandbox:
     name: agent-4
     node: auto
 
-- name: Create three at once, of which one is larger
+- name: Create three sandboxes in parallel, the third with more memory
   agentlab.proxmox.agentlab_sandbox:
     template: debian-13
     memory: 2048
@@ -388,7 +389,7 @@ EXAMPLES = r"""
       - name: worker-3
         memory: 4096
 
-- name: Create one in a VLAN, with a second interface
+- name: Create a sandbox in a VLAN, with a second interface
   agentlab.proxmox.agentlab_sandbox:
     name: agent-3
     template: debian-13
@@ -399,7 +400,7 @@ EXAMPLES = r"""
     cloud_init_upgrade: false
     description: Nightly build
 
-- name: Give it more memory, which takes a restart
+- name: Give the sandbox more memory, which requires a restart
   agentlab.proxmox.agentlab_sandbox:
     name: agent-3
     memory: 4096
@@ -407,18 +408,18 @@ EXAMPLES = r"""
     update: true
     allow_restart: true
 
-- name: Stop it
+- name: Stop the sandbox
   agentlab.proxmox.agentlab_sandbox:
     vmid: "{{ created.sandbox.vmid }}"
     state: stopped
 
-- name: Destroy it, whatever state it is in
+- name: Destroy the sandbox in any state
   agentlab.proxmox.agentlab_sandbox:
     vmid: "{{ created.sandbox.vmid }}"
     state: absent
     force: true
 
-- name: Destroy several at once
+- name: Destroy several sandboxes in parallel
   agentlab.proxmox.agentlab_sandbox:
     vmids: [1009, 1010, 1011]
     state: absent
@@ -428,9 +429,9 @@ EXAMPLES = r"""
 RETURN = r"""
 sandboxes:
   description:
-    - The sandboxes as they are after the task, in the order asked for. Times are UTC, absent values null.
-    - C(ip_seen_at) says when the guest agent last named the address. With an address, null means that the
-      sandbox was started since, so the address may be an old one.
+    - The sandboxes after the task, in the order of the options. Times are in UTC. Missing values are null.
+    - C(ip_seen_at) is the time at which the guest agent last reported the address. If it is null beside an address, the
+      sandbox was started later, so the address may be out of date.
   returned: always
   type: list
   elements: dict
@@ -452,11 +453,11 @@ sandboxes:
       updated_at: "2026-01-30T00:45:07Z"
       state_changed_at: "2026-01-30T00:45:07Z"
 sandbox:
-  description: The one sandbox, when one was asked for; null when there is none.
+  description: The sandbox after the task; null if it does not exist.
   returned: when O(vmids) and O(items) are not used
   type: dict
 results:
-  description: What became of each, in the order asked for.
+  description: The outcome for each sandbox, in the order of the options.
   returned: always
   type: list
   elements: dict
@@ -466,29 +467,27 @@ results:
     outcome:
       description:
         - One word, such as V(created), V(destroyed), V(unchanged), V(not_found), V(kept) or V(failed).
-        - In check mode V(would_create), V(would_update), V(would_destroy), or V(would_mark_destroyed) when the VM
-          is gone
-          or belongs to somebody else, so that only the record would be closed.
+        - In check mode V(would_create), V(would_update), V(would_destroy), or V(would_mark_destroyed). The last means
+          that the VM is gone or the VMID belongs to another VM, so that only the record would be closed.
       type: str
       returned: always
-    previous_state: {description: The state it was in., type: str, returned: always}
-    state: {description: The state it is in now., type: str, returned: always}
-    reason: {description: 'Why, in one word.', type: str, returned: always}
-    message: {description: 'Why, and what to do, as a sentence.', type: str, returned: always}
-    after: {description: What was changed of a sandbox that was there, type: dict, returned: when something was}
-    before: {description: What that was before., type: dict, returned: when something was}
+    previous_state: {description: The state of the sandbox before the task., type: str, returned: always}
+    state: {description: The state of the sandbox after the task., type: str, returned: always}
+    reason: {description: 'The reason for the outcome, in one word.', type: str, returned: always}
+    message: {description: 'The reason and what to do, as a sentence.', type: str, returned: always}
+    after: {description: New values of an existing sandbox., type: dict, returned: when values were changed}
+    before: {description: Their values before the task., type: dict, returned: when values were changed}
     upids: {description: Task ids of Proxmox VE., type: list, elements: str, returned: always}
     placement:
       description:
-        - Why the sandbox goes to its node. C(node), C(strategy), C(by) (what was compared, C(memory) or
-          C(sandboxes)), and C(nodes), a list.
-        - Each entry of C(nodes) has C(node), C(chosen), C(reason) (a word), C(message), C(free_memory) in MiB (null
-          where the node shows no figures) and
-          C(sandboxes), how many are on it.
+        - The choice of the node - C(node), C(strategy), C(by) (the compared value, C(memory) or C(sandboxes)), and the
+          list C(nodes).
+        - Each entry of C(nodes) has C(node), C(chosen), C(reason) (a word), C(message), C(free_memory) in MiB (null if
+          the node shows no figures) and C(sandboxes), the number of sandboxes on the node.
       type: dict
       returned: when the node was chosen (O(node=auto))
 failed_count:
-  description: How many of them failed.
+  description: Number of sandboxes that failed.
   returned: always
   type: int
 """
@@ -562,14 +561,14 @@ TASK_SPEC = {
     "firewall": {"type": "bool"},
     "firewall_group": {"type": "str"},
     "cloud_init_user": {"type": "str"},
-    # raw, because Ansible would turn a number into text.
+    # raw, because the type str would turn a number into text, and a YAML number may have lost leading zeros.
     "cloud_init_password": {"type": "raw", "no_log": True},
     "cloud_init_upgrade": {"type": "bool"},
     "cloud_init_vendor_data": {"type": "str"},
     "ip_config": {"type": "str"},
     "nameserver": {"type": "str"},
     "searchdomain": {"type": "str"},
-    # raw, because Ansible would split the text at commas, which the options of a key may contain.
+    # raw, because the type list would split a text at commas, and the options of a key may contain commas.
     "ssh_public_keys": {"type": "raw", "no_log": False},
     "cloud_init_user_data": {"type": "str", "no_log": True},
     "workspace": {"type": "str"},
@@ -596,7 +595,7 @@ ARGUMENT_SPEC = {**TASK_SPEC, "items": {"type": "list", "elements": "dict", "opt
 
 
 def run_module(module, context):
-    # Imported here, because a run needs only the code for its state.
+    # Import late: the code for the other states is then not loaded.
     from ansible_collections.agentlab.proxmox.plugins.module_utils import _sandbox
 
     return _sandbox.run(module, context, CREATION)

@@ -10,56 +10,55 @@ module: agentlab_sandbox_info
 short_description: Show sandboxes, their events, and whether Proxmox VE agrees
 version_added: 1.0.0
 description:
-  - Shows sandboxes from the records. Without O(verify) it asks Proxmox VE nothing.
+  - Shows sandboxes from the records. Without O(verify) and O(nodes) the module sends no request to Proxmox VE.
 options:
   states:
     description:
-      - Only sandboxes in these states, of V(REQUESTED), V(PROVISIONING), V(BOOTING), V(READY), V(RUNNING),
-        V(SUSPENDED),
-        V(COMPLETED), V(FAILED), V(TIMEOUT), V(STOPPED) and V(DESTROYED).
+      - Show only sandboxes in these states, of V(REQUESTED), V(PROVISIONING), V(BOOTING), V(READY), V(RUNNING),
+        V(SUSPENDED), V(COMPLETED), V(FAILED), V(TIMEOUT), V(STOPPED) and V(DESTROYED).
     type: list
     elements: str
   profile:
-    description: Only sandboxes of this profile.
+    description: Show only sandboxes of this profile.
     type: str
   tags:
-    description: Only sandboxes with at least one of these tags.
+    description: Show only sandboxes with at least one of these tags.
     type: list
     elements: str
   expired:
-    description: Only sandboxes whose lease is over (V(true)) or not over (V(false)).
+    description: Show only sandboxes whose lease is over (V(true)) or not over (V(false)).
     type: bool
   include_destroyed:
-    description: Whether to show destroyed ones too.
+    description: Whether to show destroyed sandboxes too.
     type: bool
     default: false
   events:
-    description: How many of the newest events to show of each sandbox.
+    description: Number of the newest events to show of each sandbox.
     type: int
     default: 0
   verify:
     description:
-      - Whether to ask Proxmox VE for each VM's status and identity, and to name the drift.
-      - Where a VM runs, its guest agent is on, and the address is missing or more than five minutes old, the guest is
-        asked for its address. C(ip) and C(ip_seen_at) are those of now then; the record is not
-        written. One task asks 64 guests at most, for ten seconds.
+      - Whether to read the status and identity of each VM from Proxmox VE, and to report the drift.
+      - If a VM runs with its guest agent enabled, and its address is missing or more than five minutes old, the module
+        also asks the guest for its address. C(ip) and C(ip_seen_at) then have the new values. The record is not
+        changed. A task asks at most 64 guests, for at most ten seconds.
     type: bool
     default: false
   verify_identity:
     description:
-      - Whether O(verify) also reads each VM's configuration and judges whose it is.
-      - When V(false), the records are only compared with the cluster's list of VMs; that is one request, however
-        many sandboxes there are.
+      - Whether O(verify) also reads the configuration of each VM and judges whether the VM belongs to the sandbox.
+      - With V(false), the module only compares the records with the cluster's list of VMs. That takes one request for
+        any number of sandboxes.
     type: bool
     default: true
   profiles:
-    description: Whether to return the profiles too.
+    description: Whether to return the profiles.
     type: bool
     default: false
   nodes:
     description:
-      - Whether to return the load of each node, and which node would take a new sandbox of the configured template.
-      - Asks Proxmox VE for the list of all resources, and as much as the choice of a node for a new sandbox.
+      - Whether to return the load of each node, and the node that a new sandbox of the configured template would get.
+      - The module sends the same requests to Proxmox VE as for the placement of a new sandbox.
     type: bool
     default: false
 extends_documentation_fragment:
@@ -69,11 +68,11 @@ extends_documentation_fragment:
 """
 
 EXAMPLES = r"""
-- name: Show the sandboxes that run
+- name: Show the running sandboxes
   agentlab.proxmox.agentlab_sandbox_info:
     states: [RUNNING]
 
-- name: Show one with its last ten events, and whether its VM is there and ours
+- name: Show a sandbox with its last ten events, and whether its VM exists and belongs to it
   agentlab.proxmox.agentlab_sandbox_info:
     vmid: 1000
     events: 10
@@ -87,15 +86,15 @@ EXAMPLES = r"""
 
 RETURN = r"""
 sandboxes:
-  description: The sandboxes, in the order of their VMIDs. As in M(agentlab.proxmox.agentlab_sandbox), and with the
-    following where asked for.
+  description: The sandboxes, sorted by VMID. Each has the values of M(agentlab.proxmox.agentlab_sandbox), and the
+    following values if the option is set.
   returned: always
   type: list
   elements: dict
   contains:
-    events: {description: The newest events, type: list, elements: dict, returned: with O(events)}
+    events: {description: The newest events., type: list, elements: dict, returned: with O(events)}
     vm_status:
-      description: 'What Proxmox VE says of the VM: running, stopped, hibernated, absent or unknown'
+      description: 'The status of the VM in Proxmox VE: running, stopped, hibernated, absent or unknown.'
       type: str
       returned: with O(verify)
     identity:
@@ -103,33 +102,33 @@ sandboxes:
         O(verify_identity).
       type: str
       returned: with O(verify)
-    drift: {description: 'How record and VM differ, or null', type: str, returned: with O(verify)}
+    drift: {description: 'The difference between record and VM, or null.', type: str, returned: with O(verify)}
 count:
-  description: How many.
+  description: Number of sandboxes.
   returned: always
   type: int
 profiles:
-  description: The profiles, with the options that each sets, and the C(connection) that it names for tasks inside,
-    or null.
+  description: The profiles. Each has the options that it sets, and C(connection), the connection for tasks inside the
+    sandbox, or null.
   returned: with O(profiles)
   type: list
   elements: dict
 nodes:
-  description: The nodes, in the order of their names.
+  description: The nodes, sorted by name.
   returned: with O(nodes)
   type: list
   elements: dict
   contains:
-    node: {description: Name of the node, type: str}
-    chosen: {description: Whether a new sandbox would go there, type: bool}
-    reason: {description: 'Why, or why not, as a word of the page on placement', type: str}
-    message: {description: The same as a sentence, type: str}
+    node: {description: Name of the node., type: str}
+    chosen: {description: Whether a new sandbox would go to this node., type: bool}
+    reason: {description: 'Why or why not, in a word of docs/placement.md.', type: str}
+    message: {description: Why or why not, as a sentence., type: str}
     free_memory:
-      description: Free memory in MiB beyond what is used and promised; null without Sys.Audit on the node.
+      description: Memory in MiB that is neither used nor promised to sandboxes; null without Sys.Audit on the node.
       type: int
-    sandboxes: {description: How many sandboxes of these records are on the node or on their way to it, type: int}
+    sandboxes: {description: Number of sandboxes in these records that are or will be on the node., type: int}
 by_state:
-  description: How many of them in each state.
+  description: Number of sandboxes in each state.
   returned: always
   type: dict
 """
@@ -161,7 +160,7 @@ def run_module(module, context):
         raise InvalidInput(
             f"events: {params['events']} is negative. Valid: 0 or more", option="events", value=params["events"]
         )
-    # An empty list selects no sandbox. All sandboxes are shown only without any of the three options.
+    # An empty list selects no sandbox. The module shows all sandboxes only without any of the three options.
     chosen = any(params[name] is not None for name in _adapter.SELECT_ARGS)
     selection = info.Filter(
         ids=_adapter.ids(module) if chosen else None,

@@ -10,41 +10,41 @@ module: agentlab_workspace
 short_description: Create, attach, detach and delete disks that outlive sandboxes
 version_added: 1.0.0
 description:
-  - A workspace is a disk that outlives sandboxes. It is attached to at most one at a time, and detached before the
-    VM of a sandbox is deleted.
-  - Its volume is owned by a VMID out of the configuration's C(workspace_owner_range), which no VM may ever get. No
-    deletion of a VM takes it along.
-  - The guest finds it at the C(device) of RV(workspace). It is empty when it is new, so the first job makes a file
-    system on it.
+  - A workspace is a disk that outlives sandboxes. At most one sandbox has the workspace attached. It is detached before
+    the VM of the sandbox is deleted.
+  - The owner of its volume is a VMID in the configuration's C(workspace_owner_range). No VM may ever get such a VMID,
+    so no deletion of a VM deletes the volume.
+  - In the guest, the disk is at the C(device) of RV(workspace). A new disk is empty, so the first job must create a
+    file system on it.
 options:
   name:
-    description: Name (or id) of the workspace.
+    description: Name or id of the workspace.
     type: str
     required: true
   state:
     description:
-      - V(present) creates it if it is not there, and lets it grow.
-      - V(attached) gives it to a sandbox. It is refused while another sandbox has it, unless its lease on it is
-        over and its VM does not run.
-      - V(detached) takes it off. Unmount it in a running guest first. It is refused while a snapshot of the VM
-        contains the workspace.
-      - V(absent) deletes it and the data on it, which needs O(force=true). A workspace that is attached is never
+      - V(present) creates the workspace if it does not exist, and grows it to O(size).
+      - V(attached) attaches the workspace to a sandbox. The task fails while another sandbox has the workspace, unless
+        the lease of that sandbox on the workspace is over and its VM does not run.
+      - V(detached) detaches the workspace. Unmount the disk in a running guest first. The task fails while a snapshot
+        of the VM contains the workspace.
+      - V(absent) deletes the workspace with its data, and requires O(force=true). An attached workspace is never
         deleted.
     type: str
     choices: [present, attached, detached, absent]
     default: present
   size:
     description:
-      - Size, such as V(20G). Needed for a new one. One that is there only grows, and only while it is attached,
-        because Proxmox VE resizes disks of VMs only.
+      - Size, such as V(20G). Required for a new workspace.
+      - An existing workspace only grows, and only while it is attached, because Proxmox VE resizes only disks of VMs.
     type: str
   storage:
-    description: Storage for a new one. The configuration's C(storage) unless set.
+    description: Storage for a new workspace. Without this option, the configuration's C(storage).
     type: str
   node:
     description:
-      - Node for a new one on local storage. It can then be attached to sandboxes of that node only.
-      - The configuration's C(node), or else the first node, unless set.
+      - Node for a new workspace on local storage. Such a workspace can be attached only to sandboxes on that node.
+      - Without this option, the configuration's C(node), or else the first node.
     type: str
   vmid:
     description: With O(state=attached), VMID of the sandbox.
@@ -54,11 +54,13 @@ options:
     type: str
   ttl:
     description:
-      - With O(state=attached), how long the sandbox has it, as minutes or a duration; as long as its lease unless set.
-      - When that is over and its VM does not run, another sandbox may take the workspace over.
+      - With O(state=attached), the lease of the sandbox on the workspace, as minutes or a duration. Without this
+        option, that lease ends with the lease of the sandbox.
+      - When the lease is over and the VM does not run, another sandbox can take over the workspace.
     type: str
   force:
-    description: With O(state=absent), delete the data. It skips no proof that nobody has the volume attached.
+    description: With O(state=absent), whether to delete the data. The proof that no VM has the volume attached is
+      required in any case.
     type: bool
     default: false
 extends_documentation_fragment:
@@ -71,29 +73,29 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: A disk for the results of many jobs
+- name: Create a disk for the results of many jobs
   agentlab.proxmox.agentlab_workspace:
     name: project-x
     size: 50G
     storage: local-lvm
 
-- name: Give it to a sandbox
+- name: Attach the workspace to a sandbox
   agentlab.proxmox.agentlab_workspace:
     name: project-x
     state: attached
     vmid: 1000
 
-- name: Let it grow
+- name: Grow the workspace
   agentlab.proxmox.agentlab_workspace:
     name: project-x
     size: 80G
 
-- name: Take it off
+- name: Detach the workspace
   agentlab.proxmox.agentlab_workspace:
     name: project-x
     state: detached
 
-- name: Delete it with all that is on it
+- name: Delete the workspace with its data
   agentlab.proxmox.agentlab_workspace:
     name: project-x
     state: absent
@@ -102,8 +104,8 @@ EXAMPLES = r"""
 
 RETURN = r"""
 workspace:
-  description: The workspace as it is after the task; null when there is none. Times are UTC, absent values null,
-    sizes bytes.
+  description: The workspace after the task; null if it does not exist. Times are in UTC, sizes in bytes. Missing values
+    are null.
   returned: always
   type: dict
   sample:
@@ -125,7 +127,7 @@ workspace:
     state_changed_at: "2026-01-30T00:45:07Z"
     reason: attached
 outcome:
-  description: What became of it, in one word, such as V(created), V(attached), V(unchanged) or V(not_found).
+  description: The outcome in one word, such as V(created), V(attached), V(unchanged) or V(not_found).
   returned: always
   type: str
 """

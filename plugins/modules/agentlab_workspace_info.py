@@ -10,29 +10,29 @@ module: agentlab_workspace_info
 short_description: Show workspaces
 version_added: 1.0.0
 description:
-  - Shows disks that outlive sandboxes, and who has them. The records answer; Proxmox VE is asked only with O(verify).
+  - Shows workspaces, which are disks that outlive sandboxes, and the sandboxes that have them. Without O(verify) the
+    module only reads the records, and sends no request to Proxmox VE.
 options:
   name:
-    description: Name (or id) of one workspace.
+    description: Name or id of a workspace. Without this option, all workspaces.
     type: str
   states:
     description:
-      - Only workspaces in these states, of V(CREATING), V(DETACHED), V(ATTACHING), V(ATTACHED), V(DETACHING),
-        V(DELETING)
-        and V(DELETED).
+      - Show only workspaces in these states, of V(CREATING), V(DETACHED), V(ATTACHING), V(ATTACHED), V(DETACHING),
+        V(DELETING) and V(DELETED).
     type: list
     elements: str
   include_deleted:
-    description: Whether deleted ones are shown too.
+    description: Whether to show deleted workspaces too.
     type: bool
     default: false
   events:
-    description: How many of the newest events of each are shown.
+    description: Number of the newest events to show of each workspace.
     type: int
     default: 0
   verify:
-    description: Whether Proxmox VE is asked as well, for C(volume_present) and C(attached_to), the VMIDs of all VMs
-      that name the volume.
+    description: Whether to read from Proxmox VE whether the volume exists (C(volume_present)), and the VMIDs of all VMs
+      that have it attached (C(attached_to)).
     type: bool
     default: false
 extends_documentation_fragment:
@@ -43,11 +43,11 @@ seealso:
 """
 
 EXAMPLES = r"""
-- name: All of them
+- name: Show all workspaces
   agentlab.proxmox.agentlab_workspace_info:
-  register: found
+  register: shown
 
-- name: One of them, as Proxmox VE has it, and what became of it lately
+- name: Show a workspace with its last ten events, and its state in Proxmox VE
   agentlab.proxmox.agentlab_workspace_info:
     name: project-x
     events: 10
@@ -56,14 +56,14 @@ EXAMPLES = r"""
 
 RETURN = r"""
 workspaces:
-  description: The workspaces in the order of their names, as in M(agentlab.proxmox.agentlab_workspace); with
-    C(events); and with C(volume_present),
-    C(attached_to), either null where it cannot be told, and C(unknown), a list of why.
+  description: The workspaces, sorted by name, as in M(agentlab.proxmox.agentlab_workspace). With O(events) each has
+    C(events). With O(verify) each has C(volume_present) and C(attached_to), null if they cannot be read, and
+    C(unknown), the list of reasons.
   returned: always
   type: list
   elements: dict
 count:
-  description: How many there are.
+  description: Number of workspaces.
   returned: always
   type: int
 """
