@@ -94,8 +94,8 @@ def test_the_examples_of_a_module_run(
         if awx is not None:
             awx.stop()
     if module == "agentlab_exec":
-        assert run["Begin something that runs for hours"]["run_id"] == run["Wait for its end"]["run_id"]
-        assert run["Wait for its end"]["stdout"] == "write a page\n"
+        assert run["Start a command that runs for hours"]["run_id"] == run["Wait for the end of the command"]["run_id"]
+        assert run["Wait for the end of the command"]["stdout"] == "write a page\n"
     elif module == "agentlab_doctor":
         assert (tmp_path / "agentlab-bundle.json").is_file()
 

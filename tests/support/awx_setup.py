@@ -49,7 +49,7 @@ def second_organization(awx: Awx) -> int:
 
 def result(run: Run) -> dict[str, Any]:
     """Return what the task that sets up returned."""
-    return run.result("Make AWX what is wanted")
+    return run.result("Create, change or remove the objects in AWX")
 
 
 def lines(run: Run) -> str:
