@@ -122,7 +122,7 @@ nodes:
     node: {description: Name of the node., type: str}
     chosen: {description: Whether a new sandbox would go to this node., type: bool}
     reason: {description: 'Why or why not, in a word of docs/placement.md.', type: str}
-    message: {description: Why or why not, as a sentence., type: str}
+    message: {description: 'Why or why not, as a sentence.', type: str}
     free_memory:
       description: Memory in MiB that is neither used nor promised to sandboxes; null without Sys.Audit on the node.
       type: int
