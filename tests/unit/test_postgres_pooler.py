@@ -74,6 +74,21 @@ def test_a_pooler_by_session_that_drops_our_settings_gets_them_again(uri: str, p
         database.close()
 
 
+def test_settings_of_the_database_are_not_taken_for_ours(uri: str, pool: Callable[[str], str]) -> None:
+    """A transaction of a paused process would never be ended."""
+    server().execute(f"ALTER DATABASE {uri.rpartition('/')[2]} SET lock_timeout = '7s'")
+    database = open_database(pool("session"))
+    settings = "SELECT current_setting('idle_in_transaction_session_timeout'), current_setting('lock_timeout')"
+    assert database.write(lambda conn: tuple(conn.execute(settings).fetchone())) == ("15s", "1min")
+    database.close()
+
+
+def test_a_setting_of_the_uri_counts_and_is_not_taken_for_a_dropped_one(uri: str) -> None:
+    database = open_database(f"{uri}?options=-clock_timeout%3D0%20-cidle_in_transaction_session_timeout%3D0")
+    assert not database._settings_dropped  # type: ignore[attr-defined]
+    database.close()
+
+
 def test_a_direct_connection_is_told_its_settings_once(uri: str) -> None:
     database = open_database(uri)
     assert not database._settings_dropped  # type: ignore[attr-defined]

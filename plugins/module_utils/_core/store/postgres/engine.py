@@ -97,11 +97,10 @@ _OPENING = (
     f"SELECT {_EPOCH}, (SELECT value FROM meta WHERE key = '{own_schema.VERSION_KEY}'), "
     "pg_is_in_recovery(), current_setting('server_version')"
 )
-# The process of the server that answers, and whether it has the settings of ``_SETTINGS``. A pooler may drop them.
-_SESSION = (
-    "pg_backend_pid(), current_setting('lock_timeout') <> '0' OR "
-    "current_setting('idle_in_transaction_session_timeout') <> '0'"
-)
+# A setting of no effect that only our sessions have. The others may be those of a role or database.
+_MARK = "agentlab.session"
+# The process of the server that answers, and whether it has our settings. A pooler may drop them.
+_SESSION = f"pg_backend_pid(), coalesce(current_setting('{_MARK}', true), '') <> ''"
 # The tables that a renewal writes. Their locks are taken before the clock is read: another session (psql, a tool) may
 # keep them for longer than a lease lasts.
 _LOCKED = "LOCK TABLE sandboxes, workspaces, operations, events, controllers IN ROW EXCLUSIVE MODE"
@@ -279,6 +278,7 @@ class PostgresDatabase(GroupCommit):
             # minutes.
             "tcp_user_timeout": "7000",
             "default_transaction_isolation": "read committed",
+            _MARK: "1",
         }
 
     def _connect(self) -> Any:
