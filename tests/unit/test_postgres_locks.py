@@ -208,3 +208,23 @@ def test_a_read_of_a_locked_table_ends_soon_and_names_the_session(connect: Any, 
         assert time.monotonic() - began < 9
     psql.rollback()
     assert records.find_all() == []
+
+
+def test_a_long_write_of_this_process_is_not_named_as_the_session_to_end(connect: Any) -> None:
+    """The status would advise to terminate the daemon's own session."""
+    own, other = connect(), connect()
+    begun, looked = threading.Event(), threading.Event()
+
+    def work(conn: Any) -> None:
+        conn.execute("UPDATE meta SET value = value")
+        begun.set()
+        looked.wait(30)
+
+    writer = threading.Thread(target=own.db.write, args=(work,))
+    writer.start()
+    assert begun.wait(30)
+    process = f"session {own.db._writer.info.backend_pid} "
+    named = {"own": own.db.name_locker(), "other": other.db.name_locker()}
+    looked.set()
+    writer.join()
+    assert process in named["other"] and process not in named["own"], named

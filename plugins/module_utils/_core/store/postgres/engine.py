@@ -62,7 +62,8 @@ _WRITER, _MIGRATION = 1, 2
 _LOCKER = f"""
 SELECT pid, usename, application_name, host(client_addr),
     to_char(xact_start AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
-FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND cardinality(pg_blocking_pids(pid)) = 0 AND pid IN (
+FROM pg_stat_activity
+WHERE pid <> pg_backend_pid() AND pid <> %s AND cardinality(pg_blocking_pids(pid)) = 0 AND pid IN (
     SELECT pid FROM pg_locks LEFT JOIN pg_class ON pg_class.oid = relation
     WHERE granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
     AND ((locktype = 'advisory' AND classid = {_LOCK_SPACE} AND objid IN ({_WRITER}, {_MIGRATION}))
@@ -817,7 +818,10 @@ class PostgresDatabase(GroupCommit):
         unknown = "which one cannot be seen from here: SELECT pid, usename, query FROM pg_stat_activity"
         try:
             with contextlib.closing(self._connect()) as connection:
-                rows = connection.execute(_LOCKER).fetchall()
+                # This process waits for others, not for the session of its own long write.
+                writer = self._writer
+                own = writer.info.backend_pid if writer is not None and not writer.closed else 0
+                rows = connection.execute(_LOCKER, [own]).fetchall()
         except psycopg.Error:
             return unknown
         if not rows:
