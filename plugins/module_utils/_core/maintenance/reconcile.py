@@ -712,7 +712,7 @@ def _explain_hidden_tasks(ctx: Context, node: str) -> str | None:
 
 
 def _find_stale_creation(ctx: Context, sandbox: Sandbox) -> Drift | None:
-    """Return the drift of a creation that no run works on and that has no journal entry. Its repair is FAILED."""
+    """Return the drift of a creation that no run works on and that has no journal entry. Its repair sets FAILED."""
     if sandbox.state not in states.CREATING:
         return None
     if ctx.records.is_worked_on(sandbox.uuid):
