@@ -228,3 +228,16 @@ def test_a_long_write_of_this_process_is_not_named_as_the_session_to_end(connect
     looked.set()
     writer.join()
     assert process in named["other"] and process not in named["own"], named
+
+
+def test_a_lock_of_any_table_is_found(connect: Any, psql: Any) -> None:
+    records = connect()
+    tables = [row[0] for row in records.db.read("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
+    assert {"runs", "placements", "workspace_events"} < set(tables)
+    unseen = []
+    for table in tables:
+        psql.execute(f"LOCK TABLE {table} IN EXCLUSIVE MODE")
+        if f"session {psql.info.backend_pid} " not in records.db.name_locker():
+            unseen.append(table)
+        psql.rollback()
+    assert unseen == []

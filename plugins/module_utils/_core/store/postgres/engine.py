@@ -67,8 +67,7 @@ WHERE pid <> pg_backend_pid() AND pid <> %s AND cardinality(pg_blocking_pids(pid
     SELECT pid FROM pg_locks LEFT JOIN pg_class ON pg_class.oid = relation
     WHERE granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
     AND ((locktype = 'advisory' AND classid = {_LOCK_SPACE} AND objid IN ({_WRITER}, {_MIGRATION}))
-        OR (mode <> 'AccessShareLock'
-            AND relname IN ('sandboxes', 'workspaces', 'operations', 'events', 'claims', 'meta', 'controllers'))))
+        OR (mode <> 'AccessShareLock' AND relname IN ({own_schema.quote_tables()}))))
 ORDER BY xact_start NULLS LAST LIMIT 1
 """
 # Numbers of the locks of jobs start here; add the job's position in JOBS. The first lock says which daemon does the job

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..port import Engine
-from ..transfer import TABLES
+from . import schema as own_schema
 
 # has_table_privilege with several privileges tests for any of them, so test each by itself.
 _QUERY = f"""
@@ -17,7 +17,7 @@ WITH ours AS (
     WHERE schemaname = (SELECT schemaname FROM pg_tables WHERE tablename = 'sandboxes'
         AND schemaname = ANY (current_schemas(false)) ORDER BY array_position(current_schemas(false), schemaname)
         LIMIT 1)
-    AND tablename IN ({", ".join(f"'{table}'" for table in (*TABLES, "claims", "controllers", "meta"))})
+    AND tablename IN ({own_schema.quote_tables()})
 )
 SELECT current_setting('server_version_num')::int AS version,
     current_setting('server_version') AS server,

@@ -50,3 +50,8 @@ def list_statements(version: int) -> list[str]:
     for step in schema.MIGRATIONS[version:]:
         statements += [translate(statement) for statement in step]
     return statements
+
+
+def quote_tables() -> str:
+    """Return the names of all tables of the records, for the list of an IN."""
+    return ", ".join(f"'{table}'" for table in re.findall(r"CREATE TABLE (\w+)", " ".join(list_statements(0))))
