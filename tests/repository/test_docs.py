@@ -299,6 +299,18 @@ def test_the_sections_that_were_asked_for_are_there() -> None:
     ]
 
 
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: f"{page.parent.name}-{page.name}")
+def test_each_row_of_a_table_has_the_cells_of_its_head(page: Path) -> None:
+    cells = 0
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        # A pipe within code or behind a backslash separates no cells.
+        row = re.sub(r"`[^`]*`|\\\|", "", line).count("|") if line.startswith("|") else 0
+        assert not (row and cells) or row == cells, (
+            f"{page.name}, line {number}: {row - 1} cells in place of {cells - 1}"
+        )
+        cells = row
+
+
 # Programs of the node and the host: they are not run (there is no Proxmox VE here), and each is named on purpose.
 NOT_RUN = {
     "qm",
