@@ -20,6 +20,6 @@ ANSIBLE_COLLECTIONS_PATH=$PWD/.collections antsibull-docs collection --use-curre
 # A label of Ansible's own documentation, which is not at hand here.
 sed -i 's|:ref:\x60action plugin <action_plugins>\x60|\x60action plugin <https://docs.ansible.com/ansible/latest/plugins/action.html>\x60__|' "$pages"/collection/*.rst
 # Ansible's own environment variables have no page here.
-sed -i 's|:envvar:\x60\(ANSIBLE[A-Z\\_]*\)\x60|\1|g' "$pages"/collection/*.rst
+sed -i -E 's#:(envvar|ansenvvarref):\x60(ANSIBLE[A-Z\\_]*)\x60#\2#g' "$pages"/collection/*.rst
 sphinx-build --quiet -W --keep-going --jobs auto --doctree-dir "$work/doctrees" "$pages" "$work/html"
 echo "build/docs/html/index.html: $(find "$work/html" -name '*.html' | wc -l) pages, no warnings"
