@@ -435,6 +435,15 @@ def test_fragments_of_the_changelog_are_rst() -> None:
         assert not re.search(r"\b[A-Z]\([^)]", path.read_text()), path
 
 
+def test_each_entry_of_the_changelog_is_text() -> None:
+    """A colon and a blank in an entry make a mapping of it, or no YAML at all."""
+    paths = sorted((ROOT / "changelogs/fragments").glob("*.yml"))
+    assert paths
+    for path in paths:
+        for section, entries in yaml.safe_load(path.read_text()).items():
+            assert isinstance(entries, str) or all(isinstance(entry, str) for entry in entries), (path, section)
+
+
 def test_the_cleanup_rules_of_the_page_are_understood() -> None:
     text = (
         between((ROOT / "docs/configuration.md").read_text(), "cleanup").removeprefix("```yaml\n").removesuffix("```")
