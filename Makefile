@@ -25,6 +25,7 @@ MINUTES ?= 15
 SEED ?=
 KINDS ?=
 SHARD ?=
+IN_PLACE ?=
 SHIPPED ?=
 CORES ?= 2.16 2.17 2.18 2.19 2.20 2.21
 
@@ -90,9 +91,9 @@ unit: setup ## Tests of rules, store and operations, and of what the files of th
 	@echo "==> Unit tests"
 	@$(PYTEST) tests/unit tests/repository $(PYTEST_ARGS)
 
-scenarios: setup ## Every module in real playbooks against a fake Proxmox VE, in place and shipped (SHIPPED=1/2: half of the latter)
+scenarios: setup ## Every module in real playbooks against a fake Proxmox VE, in place and shipped (IN_PLACE=2/2 SHIPPED=1/2: half of each)
 	@echo "==> Scenarios"
-	@SHARD= $(PYTEST) tests/scenarios $(PYTEST_ARGS)
+	@SHARD=$(IN_PLACE) $(PYTEST) tests/scenarios $(PYTEST_ARGS)
 	@echo "==> Scenarios, modules shipped as to another host"
 	@AGENTLAB_TEST_SHIPPED=1 SHARD=$(SHIPPED) $(PYTEST) tests/scenarios $(PYTEST_ARGS)
 

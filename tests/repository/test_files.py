@@ -94,14 +94,15 @@ def run_ci(folder: Path, day: int) -> set[str]:
     calls.unlink(missing_ok=True)
     environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls), "DAY": str(day)}
     # What this run itself was given must not choose for the other.
-    for name in ("SHARD", "SHIPPED", "AGENTLAB_CI_LIMITED", "AGENTLAB_CORES_DAY", "AGENTLAB_BARE_DAY"):
+    for name in ("SHARD", "IN_PLACE", "SHIPPED", "AGENTLAB_CI_LIMITED", "AGENTLAB_CORES_DAY", "AGENTLAB_BARE_DAY"):
         environment.pop(name, None)
     subprocess.run([str(folder / ".ci/run")], env=environment, capture_output=True, text=True, check=True, timeout=60)
     return set(calls.read_text().splitlines())
 
 
 def test_ci_takes_each_suite_within_six_days_and_each_part_within_thirty(tmp_path: Path) -> None:
-    say = '#!/usr/bin/env bash\necho "${SHARD:+SHARD=$SHARD }${SHIPPED:+SHIPPED=$SHIPPED }${0##*/} $*" >>"$CALLS"\n'
+    given = "".join(f"${{{name}:+{name}=${name} }}" for name in ("SHARD", "IN_PLACE", "SHIPPED"))
+    say = f'#!/usr/bin/env bash\necho "{given}${{0##*/}} $*" >>"$CALLS"\n'
     programs = dict.fromkeys(("git", "systemd-nspawn", "mmdebstrap", "ssh-keygen", "promtool"), "#!/bin/sh\n")
     programs |= {"busybox": "#!/bin/sh\n", "apt-get": "#!/bin/sh\n", "id": "#!/bin/sh\necho 0\n", "make": say}
     programs["date"] = "#!/bin/sh\ncase $2 in +%s) echo $((DAY * 86400 + 60));; *) echo 12:00:00Z;; esac\n"
@@ -120,8 +121,8 @@ def test_ci_takes_each_suite_within_six_days_and_each_part_within_thirty(tmp_pat
     assert all(daily <= calls for calls in days)
     for first in range(25):
         six = set().union(*days[first : first + 6])
-        gates = zip((1, 2) * 3, CORES, strict=True)
-        assert {f"SHIPPED={part}/2 make gates-daily CORES={core}" for part, core in gates} <= six
+        gates = zip(("IN_PLACE=2/2 SHIPPED=1/2", "IN_PLACE=1/2 SHIPPED=2/2") * 3, CORES, strict=True)
+        assert {f"{halves} make gates-daily CORES={core}" for halves, core in gates} <= six
         assert {"make test-molecule", "make test-awx", "make test-chaos MINUTES=5"} <= six
         assert "make test-chaos CONTROLLERS=3 MINUTES=2" in six
         assert {f"SHARD={part}/5 make test-faults" for part in range(1, 6)} <= six
