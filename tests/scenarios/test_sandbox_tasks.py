@@ -252,8 +252,9 @@ def test_a_sandbox_that_ends_in_the_middle_gets_no_further_task(
             if (folder / "now").exists() and path.endswith(f"/{sandbox.vmid}/config"):
                 (folder / "now").unlink()
                 if how == "lease over":
-                    with contextlib.closing(sqlite3.connect(database)) as conn, conn:
+                    with contextlib.closing(sqlite3.connect(database)) as conn:
                         conn.execute("UPDATE sandboxes SET lease_expires_at = 1")
+                        conn.commit()
                 else:
                     server.pve.vm(sandbox.vmid).config["smbios1"] = "uuid=" + "1" * 8
 
