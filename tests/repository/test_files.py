@@ -101,8 +101,8 @@ def run_ci(folder: Path, day: int) -> set[str]:
 
 
 def test_ci_takes_each_suite_within_six_days_and_each_part_within_thirty(tmp_path: Path) -> None:
-    given = "".join(f"${{{name}:+{name}=${name} }}" for name in ("SHARD", "IN_PLACE", "SHIPPED"))
-    say = f'#!/usr/bin/env bash\necho "{given}${{0##*/}} $*" >>"$CALLS"\n'
+    settings = "".join(f"${{{name}:+{name}=${name} }}" for name in ("SHARD", "IN_PLACE", "SHIPPED"))
+    say = f'#!/usr/bin/env bash\necho "{settings}${{0##*/}} $*" >>"$CALLS"\n'
     programs = dict.fromkeys(("git", "systemd-nspawn", "mmdebstrap", "ssh-keygen", "promtool"), "#!/bin/sh\n")
     programs |= {"busybox": "#!/bin/sh\n", "apt-get": "#!/bin/sh\n", "id": "#!/bin/sh\necho 0\n", "make": say}
     programs["date"] = "#!/bin/sh\ncase $2 in +%s) echo $((DAY * 86400 + 60));; *) echo 12:00:00Z;; esac\n"
