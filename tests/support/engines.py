@@ -10,11 +10,16 @@ There is one PostgreSQL server for each test process.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
+import itertools
 import os
+from collections.abc import Callable, Iterator
 
 import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import holders
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records
 
 from .postgres import WHY_SKIPPED, PostgresServer, is_installed
@@ -44,6 +49,22 @@ def new_address(engine: str, path: str) -> str:
         return path
     require_postgresql()
     return server().uri()
+
+
+@contextlib.contextmanager
+def open_controllers() -> Iterator[Callable[[str], Records]]:
+    """Yield a function that opens the records at a URI as one more controller, each on a host of its own."""
+    with contextlib.ExitStack() as stack:
+        numbers = itertools.count(1)
+
+        def open_controller(uri: str) -> Records:
+            database = open_database(uri)
+            stack.callback(database.close)
+            number = next(numbers)
+            records = Records(database, database.choose_clock(SystemClock()), f"controller {number}")
+            return move_to_host(records, f"host {number}", "boot")
+
+        yield open_controller
 
 
 def move_to_host(records: Records, host: str, boot: str) -> Records:

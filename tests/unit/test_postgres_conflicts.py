@@ -12,16 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import StoreError, StoreUnavailable
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import overview
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.group_commit import QueuedWrite
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.postgres import engine
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records
 
-from support.engines import move_to_host, require_postgresql, server
+from support.engines import open_controllers, require_postgresql, server
 
 
 @pytest.fixture
@@ -33,17 +31,8 @@ def uri() -> str:
 @pytest.fixture
 def connect() -> Iterator[Any]:
     """Open the records as one of several controllers, each on a host of its own."""
-    opened: list[Any] = []
-
-    def make(uri: str) -> Records:
-        database = open_database(uri)
-        opened.append(database)
-        records = Records(database, database.choose_clock(SystemClock()), f"controller {len(opened)}")
-        return move_to_host(records, f"host {len(opened)}", "boot")
-
-    yield make
-    for database in opened:
-        database.close()
+    with open_controllers() as open_controller:
+        yield open_controller
 
 
 def test_a_claim_with_a_journal_entry_is_left_to_whoever_finishes_the_operation(uri: str, connect: Any) -> None:

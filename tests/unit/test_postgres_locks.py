@@ -15,14 +15,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import Busy, RecordChanged, StoreError
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.postgres import engine
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records
 
-from support.engines import move_to_host, require_postgresql, server
+from support.engines import open_controllers, require_postgresql, server
 
 UUID = "00000000-0000-4000-8000-000000000001"
 
@@ -36,17 +34,8 @@ def uri() -> str:
 @pytest.fixture
 def connect(uri: str) -> Iterator[Any]:
     """Open the records as one of several controllers, each on a host of its own."""
-    opened: list[Any] = []
-
-    def make() -> Records:
-        database = open_database(uri)
-        opened.append(database)
-        records = Records(database, database.choose_clock(SystemClock()), f"controller {len(opened)}")
-        return move_to_host(records, f"host {len(opened)}", "boot")
-
-    yield make
-    for database in opened:
-        database.close()
+    with open_controllers() as open_controller:
+        yield lambda: open_controller(uri)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pwd
 import re
@@ -257,7 +258,8 @@ def test_a_running_process_that_the_server_refuses_tells_it_at_reads_and_writes(
         ):
             server.execute(f"ALTER TABLE {broken}", "records")
             query = "SELECT vmid FROM sandboxes" if "sandboxes" in broken else "SELECT value FROM meta"
-            check(refusal_of(lambda: before.read(query)), "does not exist", "its tables are not as this release", False)  # noqa: B023
+            refusal = refusal_of(functools.partial(before.read, query))
+            check(refusal, "does not exist", "its tables are not as this release", False)
             server.execute(f"ALTER TABLE {whole}", "records")
         write(before)
 
