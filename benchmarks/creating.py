@@ -15,13 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import canned
 import peers as packages
-from field import REPO, play, playbook, timed
-from rows import Bench, Part, Row, at_most, ratio, row
+from canned_cluster import TEMPLATE
+from field import REPO, make_play, time_command, write_playbook
+from harness import Bench, TimedRun
+from judging import Row, divide_medians, make_at_most_row, make_row, subtract_each
 
 COUNT = 20
-# What is set on each VM, by us and by the peers alike.
+# The hardware that each VM gets, from us and from the peers alike.
 HARDWARE = {"cores": 2, "memory": 1024}
 # Every plain option of a creation, without and with those of cloud-init.
 PLAIN = {**HARDWARE, "cpu_type": "host", "disk_size": "16G", "bridge": "vmbr0", "tags": ["bench"], "description": "one"}
@@ -31,152 +32,158 @@ CLOUD_INIT = {
     "nameserver": "192.0.2.1",
     "ssh_public_keys": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl bench",
 }
+PVESH_TEST = REPO / "tests" / "faults" / "test_pvesh.py"
 
 
-def _new_cluster(bench: Bench) -> None:
-    """Make a cluster with nothing but a template, and forget the records."""
-    bench.vms(0, template=True)
-    for suffix in ("", "-wal", "-shm"):
-        Path(bench.database + suffix).unlink(missing_ok=True)
+def _create_in_new_cluster(bench: Bench, create: TimedRun, count: int) -> TimedRun:
+    """Return a timed run that creates ``count`` VMs in a cluster with nothing but a template, and without records.
 
-
-def _on_new_cluster(bench: Bench, create: Part, count: int) -> Part:
-    """Return a part that creates ``count`` VMs in a new cluster, and fails where one of them is missing."""
+    The returned run raises RuntimeError when the cluster then has another number of VMs.
+    """
 
     def run() -> float:
-        _new_cluster(bench)
+        bench.reset_cluster(0, template=True)
+        for suffix in ("", "-wal", "-shm"):
+            Path(bench.database + suffix).unlink(missing_ok=True)
         seconds = create()
         # The template and the VM of somebody else are there as well.
-        made = bench.server.state()["vms"] - 2
-        if made != count:
-            raise RuntimeError(f"{made} VMs were created, not {count}")
+        created = bench.server.read_state()["vms"] - 2
+        if created != count:
+            raise RuntimeError(f"{created} VMs were created, not {count}")
         return seconds
 
     return run
 
 
-def _items_play(bench: Bench, name: str, count: int, **options: Any) -> str:
+def _write_items_playbook(bench: Bench, name: str, count: int, **options: Any) -> str:
+    """Write a playbook in which one task of ours creates ``count`` sandboxes, and return its path."""
     items = [{"name": f"bench-{number}"} for number in range(count)]
-    task = {"items": items, "template": str(canned.TEMPLATE), "ttl": "1h", **options}
-    return playbook(bench.folder, name, play({"agentlab.proxmox.agentlab_sandbox": task}))
+    task = {"items": items, "template": str(TEMPLATE), "ttl": "1h", **options}
+    return write_playbook(bench.folder, name, make_play({"agentlab.proxmox.agentlab_sandbox": task}))
 
 
-def _peer_play(bench: Bench) -> str:
-    """Clone, set the hardware, start: three loops, as the peer's documentation does it."""
+def _write_peer_playbook(bench: Bench) -> str:
+    """Write a playbook in which the peer creates COUNT VMs, and return its path.
+
+    Three loops clone the VMs, set their hardware and start them, as the peer's documentation does it.
+    """
     module, vmids = "community.proxmox.proxmox_kvm", list(range(1000, 1000 + COUNT))
-    named = {"name": "bench-{{ item }}", "node": "pve1"}
-    clone = bench.kvm(**named, clone="base", vmid=canned.TEMPLATE, newid="{{ item }}", full=False, timeout=60)
-    update = bench.kvm(**named, vmid="{{ item }}", update=True, **HARDWARE)
-    start = bench.kvm(vmid="{{ item }}", node="pve1", state="started", timeout=60)
-    return playbook(
-        bench.folder, "create-loop", play(*({module: options, "loop": vmids} for options in (clone, update, start)))
-    )
+    vm = {"name": "bench-{{ item }}", "node": "pve1"}
+    clone = bench.make_peer_options(**vm, clone="base", vmid=TEMPLATE, newid="{{ item }}", full=False, timeout=60)
+    update = bench.make_peer_options(**vm, vmid="{{ item }}", update=True, **HARDWARE)
+    start = bench.make_peer_options(vmid="{{ item }}", node="pve1", state="started", timeout=60)
+    tasks = ({module: options, "loop": vmids} for options in (clone, update, start))
+    return write_playbook(bench.folder, "create-loop", make_play(*tasks))
 
 
-def requests_each(bench: Bench, **options: Any) -> tuple[float, dict[str, int]]:
-    """Return the requests per creation of COUNT in one play, and all of them by kind."""
-    _on_new_cluster(bench, lambda: bench.ours(_items_play(bench, "create-counted", COUNT, **options)), COUNT)()
-    counted = bench.server.counts()
-    return sum(counted.values()) / COUNT, dict(counted)
+def count_requests_each(bench: Bench, **options: Any) -> tuple[float, dict[str, int]]:
+    """Create COUNT sandboxes in one play; return the requests per sandbox, and all requests by kind.
+
+    ``options``: those of agentlab_sandbox for each sandbox.
+    """
+    playbook = _write_items_playbook(bench, "create-counted", COUNT, **options)
+    _create_in_new_cluster(bench, lambda: bench.run_ours(playbook), COUNT)()
+    requests = bench.server.read_request_counts()
+    return sum(requests.values()) / COUNT, dict(requests)
 
 
-def many(bench: Bench, _wanted: set[str]) -> list[Row]:
-    """Row 17: twenty sandboxes in one play, against the peers' loop; and the requests that each creation takes."""
-    mine, loop = _items_play(bench, "create-items", COUNT, **HARDWARE), _peer_play(bench)
-    peers = {
-        package: _on_new_cluster(bench, lambda package=package: bench.peer(loop, package=package), COUNT)
+def measure_many_creations(bench: Bench, _wanted: set[str]) -> list[Row]:
+    """Measure row 17: twenty sandboxes in one play, against the peers' loops, and the requests of each creation."""
+    items, loop = _write_items_playbook(bench, "create-items", COUNT, **HARDWARE), _write_peer_playbook(bench)
+    peer_runs = [
+        _create_in_new_cluster(bench, lambda package=package: bench.run_peer(loop, package=package), COUNT)
         for package in (packages.NEWEST, packages.FIRST)
-    }
-    ours, shipped, newest, first = bench.interleaved(
-        _on_new_cluster(bench, lambda: bench.ours(mine), COUNT),
-        _on_new_cluster(bench, lambda: bench.shipped(mine), COUNT),
-        slow=tuple(peers.values()),
-    )
-    plain, plain_kinds = requests_each(bench, **PLAIN)
-    whole, whole_kinds = requests_each(bench, **PLAIN, **CLOUD_INIT)
-    times = ratio(newest, ours)
-    return [
-        {
-            **row(
-                "17",
-                f"create {COUNT} sandboxes in one play (`items`), against `proxmox_kvm` loops: clone, update, start",
-                "at least 15x faster; at most 9 requests each with everything set, 7 without cloud-init",
-                f"{times:.1f}x faster ({ratio(newest, shipped):.1f}x shipped; against 1.4.0 {ratio(first, ours):.1f}x, "
-                f"{ratio(first, shipped):.1f}x); {whole:.2f} / {plain:.2f} requests each",
-                max(15 / times, whole / 9, plain / 7),
-                {
-                    "ours": ours,
-                    "shipped": shipped,
-                    "loop of the newest": newest,
-                    "loop of 1.4.0": first,
-                    "kinds, everything": whole_kinds,
-                    "kinds, without cloud-init": plain_kinds,
-                },
-            ),
-            "fewer": f"the loops {len(newest)} times",
-        }
     ]
-
-
-def one(bench: Bench, _wanted: set[str]) -> list[Row]:
-    """Row 18: a single creation, beside a script with as few requests as a safe creation can have."""
-    options = {"name": "bench-1", "template": str(canned.TEMPLATE), "ttl": "1h", **HARDWARE}
-    mine = playbook(bench.folder, "create-one", play({"agentlab.proxmox.agentlab_sandbox": options}))
-    script = [sys.executable, str(REPO / "benchmarks" / "least_creation.py"), str(canned.TEMPLATE)]
-    ours, shipped, least, ping = bench.interleaved(
-        _on_new_cluster(bench, lambda: bench.ours(mine), 1),
-        _on_new_cluster(bench, lambda: bench.shipped(mine), 1),
-        _on_new_cluster(bench, lambda: timed(script, bench.env, bench.folder), 1),
-        bench.floor,
+    ours, shipped, newest, first = bench.measure_by_turns(
+        _create_in_new_cluster(bench, lambda: bench.run_ours(items), COUNT),
+        _create_in_new_cluster(bench, lambda: bench.run_shipped(items), COUNT),
+        slow=tuple(peer_runs),
     )
-    counts = []
-    for create in (lambda: bench.ours(mine), lambda: timed(script, bench.env, bench.folder)):
-        _on_new_cluster(bench, create, 1)()
-        counts.append(bench.server.counts())
-    own, other = (sum(counted.values()) for counted in counts)
-    beyond, further = ([each - floor for each, floor in zip(times, ping, strict=True)] for times in (ours, shipped))
-    judged = at_most(
+    plain, plain_kinds = count_requests_each(bench, **PLAIN)
+    everything, everything_kinds = count_requests_each(bench, **PLAIN, **CLOUD_INIT)
+    times_faster = divide_medians(newest, ours)
+    row = make_row(
+        "17",
+        f"create {COUNT} sandboxes in one play (`items`), against `proxmox_kvm` loops: clone, update, start",
+        "at least 15x faster; at most 9 requests each with everything set, 7 without cloud-init",
+        f"{times_faster:.1f}x faster ({divide_medians(newest, shipped):.1f}x shipped; against 1.4.0 "
+        f"{divide_medians(first, ours):.1f}x, {divide_medians(first, shipped):.1f}x); "
+        f"{everything:.2f} / {plain:.2f} requests each",
+        max(15 / times_faster, everything / 9, plain / 7),
+        {
+            "ours": ours,
+            "shipped": shipped,
+            "loop of the newest": newest,
+            "loop of 1.4.0": first,
+            "kinds, everything": everything_kinds,
+            "kinds, without cloud-init": plain_kinds,
+        },
+    )
+    return [{**row, "fewer": f"the loops {len(newest)} times"}]
+
+
+def measure_single_creation(bench: Bench, _wanted: set[str]) -> list[Row]:
+    """Measure row 18: a single creation, beside a script with as few requests as a safe creation can have."""
+    options = {"name": "bench-1", "template": str(TEMPLATE), "ttl": "1h", **HARDWARE}
+    playbook = write_playbook(bench.folder, "create-one", make_play({"agentlab.proxmox.agentlab_sandbox": options}))
+    script = [sys.executable, str(REPO / "benchmarks" / "least_creation.py"), str(TEMPLATE)]
+
+    def run_ours() -> float:
+        return bench.run_ours(playbook)
+
+    def run_script() -> float:
+        return time_command(script, bench.env, bench.folder)
+
+    ours, shipped, least, ping = bench.measure_by_turns(
+        _create_in_new_cluster(bench, run_ours, 1),
+        _create_in_new_cluster(bench, lambda: bench.run_shipped(playbook), 1),
+        _create_in_new_cluster(bench, run_script, 1),
+        bench.run_ping,
+    )
+    kinds = []
+    for create in (run_ours, run_script):
+        _create_in_new_cluster(bench, create, 1)()
+        kinds.append(bench.server.read_request_counts())
+    our_requests, script_requests = (sum(requests.values()) for requests in kinds)
+    beyond, beyond_shipped = subtract_each(ours, ping), subtract_each(shipped, ping)
+    row = make_at_most_row(
         "18",
         "create one sandbox: its time beyond a ping play, against the least possible script as a process",
         1.15,
-        ratio(beyond, least),
+        divide_medians(beyond, least),
         "x",
         {
             "ours": ours,
             "shipped": shipped,
             "least script": least,
             "ping": ping,
-            "kinds": dict(counts[0]),
-            "kinds of the script": dict(counts[1]),
+            "kinds": dict(kinds[0]),
+            "kinds of the script": dict(kinds[1]),
         },
-        ratio(further, least),
+        divide_medians(beyond_shipped, least),
     )
     seconds = f"{statistics.median(beyond):.2f} s against {statistics.median(least):.2f}"
-    return [{**judged, "measured": f"{judged['measured']}; {seconds}; {own} requests against {other}"}]
+    return [{**row, "measured": f"{row['measured']}; {seconds}; {our_requests} requests against {script_requests}"}]
 
 
-STARTS_FILE = REPO / "tests" / "faults" / "test_pvesh.py"
+def measure_local_backend(_bench: Bench, _wanted: set[str]) -> list[Row]:
+    """Return row 20: the most starts of pvesh per operation that the test of the local backend allows.
 
-
-def local_backend(_bench: Bench, _wanted: set[str]) -> list[Row]:
-    """Row 20: the bounds that the test of the local backend holds, if it holds them."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", str(STARTS_FILE), "-k", "how_often_pvesh_is_started"]
+    Raises RuntimeError when that test fails.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", str(PVESH_TEST), "-k", "how_often_pvesh_is_started"]
     test = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False, timeout=300)
-    bounds = re.search(r"^    most = \{(.*)\}$", STARTS_FILE.read_text(encoding="utf-8"), re.M)
+    bounds = re.search(r"^    most = \{(.*)\}$", PVESH_TEST.read_text(encoding="utf-8"), re.M)
     if test.returncode or bounds is None:
         raise RuntimeError(test.stdout[-500:] or "the test has no bounds")
     starts = {name: int(number) for name, number in re.findall(r'"([\w ]+)": (\d+)', bounds[1])}
     targets = {"create": 9, "destroy": 5, "list": 1}
-    return [
-        {
-            **row(
-                "20",
-                "local backend: starts of pvesh per operation",
-                ", ".join(f"{name} at most {number}" for name, number in targets.items()),
-                ", ".join(f"{name} {number}" for name, number in starts.items()),
-                max(starts[name] / number for name, number in targets.items()),
-                {"starts": starts},
-            ),
-            "runs": 1,
-        }
-    ]
+    row = make_row(
+        "20",
+        "local backend: starts of pvesh per operation",
+        ", ".join(f"{name} at most {number}" for name, number in targets.items()),
+        ", ".join(f"{name} {number}" for name, number in starts.items()),
+        max(starts[name] / number for name, number in targets.items()),
+        {"starts": starts},
+    )
+    return [{**row, "runs": 1}]

@@ -2,9 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What every measurement stands on: the canned Proxmox as a process, databases of any size, and playbooks run as a
-user runs them.
-"""
+"""Set up what is measured: the canned Proxmox VE as a process, databases of any size, playbooks, and timed commands."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,14 +29,17 @@ import canned
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import clock, config
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database
+from canned_cluster import make_sandbox_uuid, make_smbios_uuid
 
-FIRST = 1000
+FIRST_VMID = 1000
 TOKEN_ID = "bench@pve!bench"
 TOKEN_SECRET = "00000000-0000-0000-0000-000000000000"
+# No measured command takes longer.
+_LONGEST_SECONDS = 900.0
 
 
-class Canned:
-    """The server, in a process of its own."""
+class CannedProxmox:
+    """A canned Proxmox VE (canned.py) in a process of its own, with its files in ``folder``."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -46,11 +47,12 @@ class Canned:
             [sys.executable, canned.__file__, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert self._process.stdout is not None
-        told = json.loads(self._process.stdout.readline())
-        self.port, self.ca, self.fingerprint = int(told["port"]), str(told["ca"]), str(told["fingerprint"])
+        server = json.loads(self._process.stdout.readline())
+        self.port, self.ca, self.fingerprint = int(server["port"]), str(server["ca"]), str(server["fingerprint"])
         self._tls = ssl.create_default_context(cafile=self.ca)
 
-    def _ask(self, method: str, path: str, body: str | None = None) -> Any:
+    def _send(self, method: str, path: str, body: str | None = None) -> Any:
+        """Send a request beside the API of Proxmox VE, and return its JSON."""
         connection = http.client.HTTPSConnection(canned.HOST, self.port, context=self._tls, timeout=60)
         try:
             connection.request(method, path, body)
@@ -59,24 +61,29 @@ class Canned:
             connection.close()
 
     def reset(self, **settings: Any) -> None:
-        """A new cluster (see canned.Settings), and no requests counted."""
-        self._ask("POST", "/control", json.dumps(settings))
+        """Start a new cluster (see canned_cluster.Settings), and count requests from zero."""
+        self._send("POST", "/control", json.dumps(settings))
 
-    def counts(self) -> Counter[str]:
-        """Requests since the last reset, by kind."""
-        return Counter(self._ask("GET", "/counts")["counts"])
+    def read_request_counts(self) -> Counter[str]:
+        """Return how many requests came since the last reset, by kind."""
+        return Counter(self.read_state()["counts"])
 
-    def state(self) -> dict[str, Any]:
-        return dict(self._ask("GET", "/counts"))
+    def read_state(self) -> dict[str, Any]:
+        """Return the request counts, the number of VMs, and the most tasks that ran at the same time."""
+        return dict(self._send("GET", "/counts"))
 
-    def cpu_seconds(self) -> float:
-        """Processor time it has used so far."""
+    def read_cpu_seconds(self) -> float:
+        """Return the processor time that the server has used so far, in seconds."""
         import psutil
 
         return sum(psutil.Process(self._process.pid).cpu_times()[:2])
 
-    def environment(self, database: str, **more: str) -> dict[str, str]:
-        """What a user would set; a token that sees everything, the cluster's own CA, an empty configuration."""
+    def make_environment(self, database: str, **variables: str) -> dict[str, str]:
+        """Return the environment that a user would set, with ``variables`` added.
+
+        It has a token that may see everything, the cluster's own CA, and an empty configuration. ``database``: path of
+        the records.
+        """
         Path(self.folder, "empty.yaml").touch()
         return {
             "PROXMOX_HOST": canned.HOST,
@@ -87,39 +94,45 @@ class Canned:
             "PROXMOX_CA_PATH": self.ca,
             "AGENTLAB_DATABASE": database,
             "AGENTLAB_CONFIG": f"{self.folder}/empty.yaml",
-            **more,
+            **variables,
         }
 
     def stop(self) -> None:
+        """End the process, which takes the end of its standard input as the sign to stop."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(10)
 
 
 @contextmanager
-def field() -> Iterator[Canned]:
-    """A folder with a canned Proxmox in it."""
+def run_canned_proxmox() -> Iterator[CannedProxmox]:
+    """Run a canned Proxmox VE in a temporary folder, and yield it. Both are gone at the end."""
     with tempfile.TemporaryDirectory(prefix="agentlab-bench-") as folder:
-        server = Canned(folder)
+        server = CannedProxmox(folder)
         try:
             yield server
         finally:
             server.stop()
 
 
-def seed(
-    server: Canned,
+# ---- records ----
+
+
+def create_database(
+    fingerprint: str,
     path: str,
     count: int,
     state: str = "STOPPED",
     *,
     nodes: int = 1,
     history: int = 0,
-    first: int = FIRST,
     addresses: bool = False,
-) -> str:
-    """A new database with ``count`` sandboxes of the canned cluster, and so many DESTROYED ones before them; returns
-    its path. With ``addresses`` each guest has just named its address.
+) -> None:
+    """Create a new SQLite database with ``count`` sandboxes of the canned cluster, and replace one at that path.
+
+    ``fingerprint``: that of the cluster's CA, which the records know the cluster by. ``state`` is that of each sandbox;
+    the lease of a TIMEOUT one ended an hour ago. ``nodes``: how many nodes the sandboxes are spread over. ``history``:
+    how many DESTROYED sandboxes are written before them. With ``addresses`` each guest has just named its address.
     """
     for suffix in ("", "-wal", "-shm"):
         Path(path + suffix).unlink(missing_ok=True)
@@ -129,12 +142,12 @@ def seed(
         "uuid, vmid, name, state, node, ttl_seconds, lease_expires_at, created_at, updated_at, state_changed_at, "
         "smbios_uuid, ip, ip_seen_at"
     )
-    into = f"INSERT INTO sandboxes ({columns}) VALUES ({', '.join('?' * 13)})"
-    lease = now - 3600 if state == "TIMEOUT" else now + 3600
+    insert = f"INSERT INTO sandboxes ({columns}) VALUES ({', '.join('?' * 13)})"
+    lease_end = now - 3600 if state == "TIMEOUT" else now + 3600
 
-    def rows() -> Iterator[tuple[Any, ...]]:
+    def make_rows() -> Iterator[tuple[Any, ...]]:
         for number in range(history):
-            gone = now - 10 * (history - number)
+            destroyed_at = now - 10 * (history - number)
             yield (
                 f"{number:032x}",
                 100000 + number % 5000,
@@ -142,62 +155,65 @@ def seed(
                 "DESTROYED",
                 "pve1",
                 3600,
-                gone,
-                gone,
-                gone,
-                gone,
+                destroyed_at,
+                destroyed_at,
+                destroyed_at,
+                destroyed_at,
                 f"{number:032x}",
                 None,
                 None,
             )
-        for vmid in range(first, first + count):
+        for vmid in range(FIRST_VMID, FIRST_VMID + count):
             yield (
-                canned.sandbox_uuid(vmid),
+                make_sandbox_uuid(vmid),
                 vmid,
                 f"bench-{vmid}",
                 state,
                 f"pve{vmid % nodes + 1}",
                 3600,
-                lease,
+                lease_end,
                 now - 7200,
                 now - 3600,
                 now - 3600,
-                canned.smbios_uuid(vmid),
+                make_smbios_uuid(vmid),
                 f"10.{vmid >> 16}.{vmid >> 8 & 255}.{vmid & 255}" if addresses else None,
                 now if addresses else None,
             )
 
-    def work(conn: Any) -> None:
-        conn.executemany(into, rows())
-        found = {
+    def insert_rows(conn: Any) -> None:
+        conn.executemany(insert, make_rows())
+        cluster = {
             "name": "bench",
             "nodes": sorted(f"pve{number + 1}" for number in range(nodes)),
-            "authority": server.fingerprint,
+            "authority": fingerprint,
         }
-        conn.execute("INSERT OR REPLACE INTO meta VALUES ('cluster', ?)", (json.dumps(found),))
+        conn.execute("INSERT OR REPLACE INTO meta VALUES ('cluster', ?)", (json.dumps(cluster),))
 
-    database.write(work)
+    database.write(insert_rows)
     database.close()
-    return path
 
 
-def context(server: Canned, database: str, *, dry_run: bool = False, **options: Any) -> Context:
-    """A run of the core in this process."""
-    found = config.load(options, server.environment(database))
-    return Context(found, actor="benchmark", dry_run=dry_run, clock=clock.SystemClock())
+def open_context(server: CannedProxmox, database: str, *, dry_run: bool = False, **options: Any) -> Context:
+    """Open a run of the core in this process, on a database and the canned Proxmox VE.
+
+    ``dry_run``: check mode. ``options``: the module's options. The caller closes the context.
+    """
+    settings = config.load(options, server.make_environment(database))
+    return Context(settings, actor="benchmark", dry_run=dry_run, clock=clock.SystemClock())
 
 
 # ---- playbooks ----
 
 
-def playbook(folder: str, name: str, plays: list[dict[str, Any]]) -> str:
+def write_playbook(folder: str, name: str, plays: list[dict[str, Any]]) -> str:
+    """Write plays to ``name``.yml in a folder, and return the path."""
     path = os.path.join(folder, f"{name}.yml")
     Path(path).write_text(yaml.safe_dump(plays, sort_keys=False), encoding="utf-8")
     return path
 
 
-def play(*tasks: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
-    """One play on localhost with these tasks."""
+def make_play(*tasks: dict[str, Any], **keywords: Any) -> list[dict[str, Any]]:
+    """Return the list with one play on localhost that has these tasks. ``keywords`` of the play replace ours."""
     return [
         {
             "hosts": "localhost",
@@ -205,25 +221,36 @@ def play(*tasks: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
             "connection": "local",
             "vars": {"ansible_python_interpreter": "{{ ansible_playbook_python }}"},
             "tasks": list(tasks),
-            **more,
+            **keywords,
         }
     ]
 
 
-class Failed(Exception):
-    """A command that was to be measured did not do its work."""
+# ---- measuring ----
 
 
-# No measurement takes as long.
-_LONGEST_SECONDS = 900.0
+class CommandFailed(Exception):
+    """A measured command ended with an error, so its time says nothing."""
 
 
-def timed(command: list[str], env: dict[str, str], folder: str) -> float:
-    """Wall time of a command that must succeed, seconds."""
-    kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "HOME", "TMPDIR") if name in os.environ}
-    # A token's secret may be on nobody's screen, and nobody's Ansible configuration decides a measurement.
-    whole = {
-        **kept,
+def measure_seconds(work: Callable[[], object]) -> float:
+    """Return the seconds that a call of the work takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def time_command(command: list[str], env: dict[str, str], folder: str) -> float:
+    """Run a command in a folder, and return its wall time in seconds.
+
+    ``env`` is added to an environment without settings of Ansible that a user may have. Raises CommandFailed when the
+    command fails, with the end of its output.
+    """
+    inherited = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "HOME", "TMPDIR") if name in os.environ}
+    # The caller's environment may hold a token's secret, and the caller's Ansible configuration must not decide a
+    # measurement. So only these reach the command.
+    environment = {
+        **inherited,
         "LC_ALL": "C.UTF-8",
         "ANSIBLE_NOCOLOR": "1",
         "ANSIBLE_HOME": f"{folder}/ansible",
@@ -235,9 +262,9 @@ def timed(command: list[str], env: dict[str, str], folder: str) -> float:
         **env,
     }
     began = time.perf_counter()
-    done = subprocess.run(
+    process = subprocess.run(
         command,
-        env=whole,
+        env=environment,
         cwd=folder,
         capture_output=True,
         text=True,
@@ -245,15 +272,18 @@ def timed(command: list[str], env: dict[str, str], folder: str) -> float:
         check=False,
         timeout=_LONGEST_SECONDS,
     )
-    took = time.perf_counter() - began
-    if done.returncode:
-        raise Failed(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return took
+    seconds = time.perf_counter() - began
+    if process.returncode:
+        raise CommandFailed(
+            f"{' '.join(command)} ended with {process.returncode}\n{process.stdout[-3000:]}\n{process.stderr[-3000:]}"
+        )
+    return seconds
 
 
-def resident_kb(pid: int | str, *, most: bool = False) -> int:
-    """Resident memory of a process, kB: now, or the most since its program began (``ru_maxrss`` would count the
-    parent that it was forked from too).
+def read_resident_kb(pid: int | str, *, peak: bool = False) -> int:
+    """Return the resident memory of a process in kB: now, or with ``peak`` the most since its program began.
+
+    ``ru_maxrss`` would count the parent that the process was forked from as well.
     """
     with open(f"/proc/{pid}/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:" if most else "VmRSS:"))
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:" if peak else "VmRSS:"))

@@ -5,8 +5,8 @@
 """Measure commands, files and tasks inside a sandbox beside community.proxmox's guest-agent connection.
 
 Both plugins work through the same double of Proxmox VE, by turns. Its guest really runs the commands, and its agent
-takes as long as the real one: with 0.09 s at each connection exec and exec-status take 0.36 s and file-write 0.54 s,
-as measured on Proxmox VE 9.2 (0.36 s and 0.57 s). With several requests at a time each takes 0.57 of that, as there.
+takes as long as the real one. With 0.09 s at each connection, exec and exec-status take 0.36 s, and file-write 0.54 s;
+on Proxmox VE 9.2 they take 0.36 s and 0.57 s. Of several requests at the same time each takes 0.57 of that, as there.
 
     python benchmarks/inside.py [--commands 20] [--megabytes 10]      # prints a table for docs/performance.md
 """
@@ -33,8 +33,10 @@ sys.path[:0] = [str(REPO / "tests"), str(REPO / ".collections"), str(Path(__file
 
 import peers
 
-OURS, THEIRS = "agentlab.proxmox.sandbox", "community.proxmox.proxmox_qemu_api"
-NAP = 0.09
+OURS, PEER = "agentlab.proxmox.sandbox", "community.proxmox.proxmox_qemu_api"
+# Seconds that the agent takes at each connection.
+AGENT_SECONDS = 0.09
+# A line of the text file that is copied.
 TEXT = b"A line of text as a log has it, number %d, with some words that come again and again.\n"
 
 
@@ -42,7 +44,11 @@ TEXT = b"A line of text as a log has it, number %d, with some words that come ag
 
 
 def use_plugin(name: str, folder: Path, commands: int) -> None:
-    """Run commands and copy files through a connection plugin, and print the seconds of each as JSON."""
+    """Run commands and copy files through a connection plugin, and print the seconds of each kind of work as JSON.
+
+    ``folder`` has the files that DoubleWithSandbox.measure_plugin wrote. Before each piece of work a line names its
+    kind, and the work begins when a line comes on standard input. Raises AssertionError when a file comes back changed.
+    """
     from ansible.playbook.play_context import PlayContext
     from ansible.plugins.loader import connection_loader, init_plugin_loader
 
@@ -52,7 +58,7 @@ def use_plugin(name: str, folder: Path, commands: int) -> None:
     connection.exec_command("true", sudoable=False)
     times: dict[str, list[float]] = {"command": [], "up": [], "down": [], "text": []}
 
-    def measure(kind: str, work: Callable[[], Any]) -> Any:
+    def measure_work(kind: str, work: Callable[[], Any]) -> Any:
         print(json.dumps({"begins": kind}), flush=True)
         sys.stdin.readline()
         began = time.perf_counter()
@@ -61,13 +67,13 @@ def use_plugin(name: str, folder: Path, commands: int) -> None:
         return answer
 
     for _number in range(commands):
-        status, _out, _err = measure("command", lambda: connection.exec_command("true", sudoable=False))
+        status, _out, _err = measure_work("command", lambda: connection.exec_command("true", sudoable=False))
         assert status == 0
     guest = json.loads((folder / "guest.json").read_text(encoding="utf-8"))
     for kind, file in (("up", "random"), ("text", "text")):
-        measure(kind, lambda file=file: connection.put_file(str(folder / file), f"{guest}/{file}"))
-    measure("down", lambda: connection.fetch_file(f"{guest}/random", str(folder / "random.back")))
-    measure("text", lambda: connection.fetch_file(f"{guest}/text", str(folder / "text.back")))
+        measure_work(kind, lambda file=file: connection.put_file(str(folder / file), f"{guest}/{file}"))
+    measure_work("down", lambda: connection.fetch_file(f"{guest}/random", str(folder / "random.back")))
+    measure_work("text", lambda: connection.fetch_file(f"{guest}/text", str(folder / "text.back")))
     for file in ("random", "text"):
         assert (folder / f"{file}.back").read_bytes() == (folder / file).read_bytes(), f"{file} came back changed"
     print(json.dumps({"times": times}), flush=True)
@@ -76,8 +82,8 @@ def use_plugin(name: str, folder: Path, commands: int) -> None:
 # ---- both, through one double ----
 
 
-class Field:
-    """The double with one running sandbox, and a user's environment."""
+class DoubleWithSandbox:
+    """The double of Proxmox VE with one running sandbox, and a user's environment. ``folder`` gets all files."""
 
     def __init__(self, folder: Path) -> None:
         from agentlab_core import config
@@ -97,15 +103,16 @@ class Field:
         self.box = create.run(ctx, create.Spec(name="box", ttl=14400, template=str(TEMPLATE))).sandbox
         ctx.close()
         self.guest = self.pve.machine(self.box.vmid)
-        self.pve.agent_nap = NAP
+        self.pve.agent_nap = AGENT_SECONDS
 
-    def variables(self, name: str) -> dict[str, Any]:
+    def make_variables(self, name: str) -> dict[str, Any]:
+        """Return the variables of the sandbox as a host that Ansible reaches by that connection plugin."""
         common = {"ansible_python_interpreter": "/usr/bin/python3", "ansible_remote_tmp": f"{self.guest.folder}/tmp"}
         if name == OURS:
             return {"inventory_hostname": "box", "ansible_host": "box", "ansible_connection": OURS, **common}
         environment = self.server.environment(str(self.folder))
         return {
-            "ansible_connection": THEIRS,
+            "ansible_connection": PEER,
             "proxmox_api_host": environment["PROXMOX_HOST"],
             "proxmox_api_port": int(environment["PROXMOX_PORT"]),
             "proxmox_api_token_id": environment["PROXMOX_TOKEN_ID"],
@@ -117,12 +124,16 @@ class Field:
             **common,
         }
 
-    def agent_requests(self) -> int:
+    def count_agent_requests(self) -> int:
+        """Return how many requests went to the guest agent since the double's counter was cleared."""
         return sum(count for request, count in self.pve.counted.items() if "/agent/" in request)
 
-    def plugin(self, name: str, commands: int, megabytes: int) -> dict[str, dict[str, Any]]:
-        """Return seconds and requests of commands and files through a plugin."""
-        (self.folder / "variables.json").write_text(json.dumps(self.variables(name)), encoding="utf-8")
+    def measure_plugin(self, name: str, commands: int, megabytes: int) -> dict[str, dict[str, Any]]:
+        """Return seconds and requests of so many commands, and of files of so many MiB, through a plugin.
+
+        Those of commands are per command. The plugin runs in a process of its own. Raises RuntimeError when it fails.
+        """
+        (self.folder / "variables.json").write_text(json.dumps(self.make_variables(name)), encoding="utf-8")
         (self.folder / "guest.json").write_text(json.dumps(str(self.guest.folder)), encoding="utf-8")
         size = megabytes * 1024 * 1024
         (self.folder / "random").write_bytes(random.Random(20).randbytes(size))
@@ -138,11 +149,11 @@ class Field:
         requests: Counter[str] = Counter()
         kind, times = "", {}
         for line in process.stdout:
-            said = json.loads(line)
-            requests[kind] += self.agent_requests()
+            message = json.loads(line)
+            requests[kind] += self.count_agent_requests()
             self.pve.counted.clear()
-            kind = said.get("begins", "")
-            times = said.get("times", times)
+            kind = message.get("begins", "")
+            times = message.get("times", times)
             if kind:
                 process.stdin.write("\n")
                 process.stdin.flush()
@@ -156,11 +167,9 @@ class Field:
             for kind, values in times.items()
         }
 
-    def tasks(self, name: str) -> dict[str, dict[str, Any]]:
-        """Return seconds and requests of Ansible's tasks through a plugin, each twice."""
+    def measure_tasks(self, name: str) -> dict[str, dict[str, Any]]:
+        """Return seconds and requests of the tasks ping and setup through a plugin, each twice, by the task's name."""
         import yaml
-
-        from support.play import play
 
         starts: dict[str, float] = {}
         tasks: list[dict[str, Any]] = []
@@ -171,13 +180,12 @@ class Field:
         for task in tasks:
             task["before"] = lambda name=task["name"]: starts.__setitem__(name, time.perf_counter())
         inventory = self.folder / "boxes.yml"
-        inventory.write_text(yaml.safe_dump({"all": {"hosts": {"box": self.variables(name)}}}), encoding="utf-8")
-        whole = [{"name": "inside", "hosts": "box", "gather_facts": False, "tasks": tasks}]
+        inventory.write_text(yaml.safe_dump({"all": {"hosts": {"box": self.make_variables(name)}}}), encoding="utf-8")
+        plays = [{"name": "inside", "hosts": "box", "gather_facts": False, "tasks": tasks}]
         env = {key: value for key, value in self.env.items() if key != "ANSIBLE_PIPELINING"}
-        # play() takes the hooks from a flat list of tasks, so the play is of the benchmark's own making here.
-        run = play_with_hooks(play, whole, env, self.folder, self.pve, str(inventory))
+        run = run_play_with_hooks(plays, env, self.folder, self.pve, str(inventory))
         run.ok(warnings=True)
-        names = [task["name"] for task in whole[0]["tasks"]]
+        names = [task["name"] for task in plays[0]["tasks"]]
         return {
             task: {
                 "seconds": starts[after] - starts[task],
@@ -186,8 +194,8 @@ class Field:
             for task, after in itertools.pairwise(names)
         }
 
-    def bare(self, commands: int) -> float:
-        """Return the median seconds of exec and exec-status of ``true`` and nothing else, through our client."""
+    def measure_exec(self, commands: int) -> float:
+        """Return the median seconds of exec and exec-status of ``true``, so many times, through our client alone."""
         from agentlab_core import config
         from agentlab_core.context import Context
 
@@ -204,30 +212,38 @@ class Field:
         return statistics.median(times)
 
     def close(self) -> None:
+        """Stop the guest and the server."""
         self.pve.close_machines()
         self.server.stop()
 
 
-def play_with_hooks(play: Any, whole: Any, env: Any, folder: Path, pve: Any, inventory: str) -> Any:
-    """Run a play whose tasks have ``before`` hooks."""
+def run_play_with_hooks(
+    plays: list[dict[str, Any]], env: dict[str, str], folder: Path, pve: Any, inventory: str
+) -> Any:
+    """Run plays, the first of which has tasks with ``before`` hooks, and return the run with its requests by task.
+
+    play() of tests/support takes hooks only from a flat list of tasks of its own play on localhost.
+    """
     from support.play import _Hooks, run_play
 
-    hooks = {task["name"]: task.pop("before") for task in whole[0]["tasks"]}
+    hooks = {task["name"]: task.pop("before") for task in plays[0]["tasks"]}
     with _Hooks(hooks, pve) as listening:
-        run = run_play(whole, {**env, "AGENTLAB_TEST_HOOK": listening.path}, folder, args=("-i", inventory))
+        run = run_play(plays, {**env, "AGENTLAB_TEST_HOOK": listening.path}, folder, args=("-i", inventory))
     run.requests = listening.requests
     return run
 
 
-def row(label: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    ratio = theirs["seconds"] / ours["seconds"]
+def format_row(label: str, ours: dict[str, Any], peer: dict[str, Any]) -> str:
+    """Return a row of the table: seconds and requests of our plugin and of the peer's, and how much faster ours is."""
+    ratio = peer["seconds"] / ours["seconds"]
     return (
-        f"| {label} | {ours['seconds']:.2f} s | {ours['requests']:.1f} | {theirs['seconds']:.2f} s | "
-        f"{theirs['requests']:.1f} | {ratio:.1f} times |"
+        f"| {label} | {ours['seconds']:.2f} s | {ours['requests']:.1f} | {peer['seconds']:.2f} s | "
+        f"{peer['requests']:.1f} | {ratio:.1f} times |"
     )
 
 
 def main() -> int:
+    """Measure both plugins, and print the table; or, in a process of its own, one plugin. Returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commands", type=int, default=20, help="how many commands are measured")
     parser.add_argument("--megabytes", type=int, default=10, help="size of the files")
@@ -237,19 +253,19 @@ def main() -> int:
     if options.plugin:
         use_plugin(options.plugin, options.folder, options.commands)
         return 0
-    peer = peers.fetch()[peers.NEWEST]
+    peer_folder = peers.fetch_packages()[peers.NEWEST]
     with tempfile.TemporaryDirectory(prefix="inside-") as folder:
-        field = Field(Path(folder))
-        field.env["ANSIBLE_COLLECTIONS_PATH"] = f"{REPO / '.collections'}:{peer}"
+        double = DoubleWithSandbox(Path(folder))
+        double.env["ANSIBLE_COLLECTIONS_PATH"] = f"{REPO / '.collections'}:{peer_folder}"
         try:
-            bare = field.bare(options.commands)
-            tasks = {name: field.tasks(name) for name in (OURS, THEIRS)}
-            plugins = {name: field.plugin(name, options.commands, options.megabytes) for name in (OURS, THEIRS)}
+            exec_seconds = double.measure_exec(options.commands)
+            tasks = {name: double.measure_tasks(name) for name in (OURS, PEER)}
+            plugins = {name: double.measure_plugin(name, options.commands, options.megabytes) for name in (OURS, PEER)}
         finally:
-            field.close()
-    beyond = plugins[OURS]["command"]["seconds"] - bare
-    print(f"exec and exec-status of true: {bare:.3f} s; beyond it ours {beyond:.3f} s")
-    print(f"community.proxmox {peers.version(peers.NEWEST)}; {options.commands} commands, {options.megabytes} MiB")
+            double.close()
+    beyond = plugins[OURS]["command"]["seconds"] - exec_seconds
+    print(f"exec and exec-status of true: {exec_seconds:.3f} s; beyond it ours {beyond:.3f} s")
+    print(f"community.proxmox {peers.read_version(peers.NEWEST)}; {options.commands} commands, {options.megabytes} MiB")
     print("| what | ours | requests | theirs | requests | ours is faster |\n|---|---|---|---|---|---|")
     for kind, label in (
         ("command", "a command that does nothing"),
@@ -257,9 +273,9 @@ def main() -> int:
         ("down", f"{options.megabytes} MiB of random bytes, down"),
         ("text", f"{options.megabytes} MiB of text, up and down"),
     ):
-        print(row(label, plugins[OURS][kind], plugins[THEIRS][kind]))
+        print(format_row(label, plugins[OURS][kind], plugins[PEER][kind]))
     for task in tasks[OURS]:
-        print(row(f"`{task.partition(',')[0]}`,{task.partition(',')[2]}", tasks[OURS][task], tasks[THEIRS][task]))
+        print(format_row(f"`{task.partition(',')[0]}`,{task.partition(',')[2]}", tasks[OURS][task], tasks[PEER][task]))
     return 0
 
 

@@ -4,8 +4,8 @@
 
 """Simulate 1,000 creations on 16 nodes by three controllers, and measure what a decision costs.
 
-The controllers share what the records tell (reservations), and see Proxmox VE's figures only as often as it
-broadcasts them: every ten seconds. Run: ``python benchmarks/placement_simulation.py``.
+The controllers share the reservations in the records. They see Proxmox VE's figures only as often as it broadcasts
+them: every ten seconds. Run: ``python benchmarks/placement_simulation.py``.
 
 With ``--processes`` the three controllers are real processes with one database. They create 1,000 sandboxes through
 the whole core on a double of Proxmox VE with 16 nodes, over HTTPS (``--creations 100`` for fewer).
@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,50 +36,78 @@ from agentlab_core.placement import Load, Reservation, Wish, decide
 
 GIB = 1024**3
 NODES, CREATIONS, CONTROLLERS = 16, 1000, 3
-MEMORY, NODE_MEMORY, BROADCAST, EACH = 2 * GIB, 256 * GIB, 10.0, 0.05
+# Memory of a sandbox and of a node, in bytes.
+MEMORY, NODE_MEMORY = 2 * GIB, 256 * GIB
+# Seconds between two broadcasts of Proxmox VE, and on average between two creations.
+BROADCAST_SECONDS, CREATION_SECONDS = 10.0, 0.05
+# Seconds until Proxmox VE lists a new VM.
+LISTED_AFTER_SECONDS = 5
 
 
-def simulate(seed: int = 1, *, shared: bool = True) -> dict[str, Any]:
-    """Return how the sandboxes are spread. ``shared=False``: no controller counts the reservations of the others."""
-    pick = random.Random(seed)
+@dataclass(frozen=True)
+class Placement:
+    """A sandbox that a controller has placed, ``at`` so many seconds after the start."""
+
+    at: float
+    controller: int
+    vmid: int
+    node: str
+
+
+def simulate_creations(seed: int = 1, *, shared: bool = True) -> dict[str, Any]:
+    """Simulate CREATIONS creations, and return the seconds and the fewest and most sandboxes on a node.
+
+    ``seed``: that of the random numbers. ``shared=False``: no controller counts the reservations of the others.
+    """
+    generator = random.Random(seed)
     names = [f"pve{number:02}" for number in range(1, NODES + 1)]
-    placed: list[tuple[float, int, int, str]] = []
+    placements: list[Placement] = []
+    # Controller -> when it read the figures, and the figures.
     views: dict[int, tuple[float, list[Node], dict[int, Vm]]] = {}
     now = 0.0
     for number in range(CREATIONS):
-        controller = pick.randrange(CONTROLLERS)
-        now += pick.expovariate(1 / EACH)
-        if controller not in views or now - views[controller][0] >= BROADCAST:
-            views[controller] = (now, *listed(names, placed, now))
-        _at, nodes, vms = views[controller]
-        known = [row for row in placed if shared or row[1] == controller]
-        counts = {name: sum(1 for row in known if row[3] == name) for name in names}
-        reservations = tuple(Reservation(row[2], row[3], MEMORY, creating=now - row[0] < 5) for row in known)
+        controller = generator.randrange(CONTROLLERS)
+        now += generator.expovariate(1 / CREATION_SECONDS)
+        if controller not in views or now - views[controller][0] >= BROADCAST_SECONDS:
+            views[controller] = (now, *read_figures(names, placements, now))
+        _read_at, nodes, vms = views[controller]
+        visible = [placement for placement in placements if shared or placement.controller == controller]
+        counts = {name: sum(1 for placement in visible if placement.node == name) for name in names}
+        reservations = tuple(
+            Reservation(placement.vmid, placement.node, MEMORY, creating=now - placement.at < LISTED_AFTER_SECONDS)
+            for placement in visible
+        )
         decision = decide(nodes, vms, Load(counts, reservations=reservations), Wish(MEMORY), Rules())
         assert decision.node is not None
-        placed.append((now, controller, 1000 + number, decision.node))
-    on_each = [sum(1 for row in placed if row[3] == name) for name in names]
+        placements.append(Placement(now, controller, 1000 + number, decision.node))
+    on_each = [sum(1 for placement in placements if placement.node == name) for name in names]
     return {"seconds": round(now, 1), "least": min(on_each), "most": max(on_each)}
 
 
-def listed(names: list[str], placed: list[tuple[float, int, int, str]], now: float) -> tuple[list[Node], dict[int, Vm]]:
-    """Return what Proxmox VE tells: a VM shows after five seconds, and uses a quarter of its memory at first."""
-    there = [row for row in placed if now - row[0] >= 5]
+def read_figures(names: list[str], placements: list[Placement], now: float) -> tuple[list[Node], dict[int, Vm]]:
+    """Return nodes and VMs as Proxmox VE lists them ``now`` seconds after the start.
+
+    A VM is listed after LISTED_AFTER_SECONDS, and uses a quarter of its memory.
+    """
+    listed = [placement for placement in placements if now - placement.at >= LISTED_AFTER_SECONDS]
     used = dict.fromkeys(names, 4 * GIB)
-    for row in there:
-        used[row[3]] += MEMORY // 4
-    vms = {row[2]: Vm(row[3], MEMORY // 4, MEMORY, int(now - row[0])) for row in there}
+    for placement in listed:
+        used[placement.node] += MEMORY // 4
+    vms = {placement.vmid: Vm(placement.node, MEMORY // 4, MEMORY, int(now - placement.at)) for placement in listed}
     return [Node(name, memory=NODE_MEMORY, used=used[name], cpus=64) for name in names], vms
 
 
-def decision_time(vms: int = 10000, rounds: int = 50) -> float:
-    """Return the median milliseconds of a decision on 16 nodes with that many VMs of ours, all of them young."""
+def measure_decision(vm_count: int = 10000, rounds: int = 50) -> float:
+    """Return the median milliseconds of a decision on 16 nodes with that many VMs of ours, made ``rounds`` times.
+
+    Every twentieth of the VMs is young.
+    """
     names = [f"pve{number:02}" for number in range(1, NODES + 1)]
     nodes = [Node(name, memory=4096 * GIB, used=64 * GIB, cpus=64) for name in names]
-    every = {vmid: Vm(names[vmid % NODES], GIB, MEMORY, 60 if vmid % 20 == 0 else 6000) for vmid in range(vms)}
-    # As the caller does: what has settled is told by the node's own figures.
-    young = {vmid: vm for vmid, vm in every.items() if vm.uptime < Rules().settle}
-    load = Load(dict.fromkeys(names, vms // NODES))
+    vms = {vmid: Vm(names[vmid % NODES], GIB, MEMORY, 60 if vmid % 20 == 0 else 6000) for vmid in range(vm_count)}
+    # The caller leaves out VMs that have settled, because the node's own figures include their memory.
+    young = {vmid: vm for vmid, vm in vms.items() if vm.uptime < Rules().settle}
+    load = Load(dict.fromkeys(names, vm_count // NODES))
     times = []
     for _round in range(rounds):
         began = time.perf_counter()
@@ -90,8 +119,11 @@ def decision_time(vms: int = 10000, rounds: int = 50) -> float:
 # ---- real processes ----
 
 
-def control(creations: int) -> None:
-    """Create so many sandboxes, one after the other, with the configuration of the environment."""
+def create_sandboxes(creations: int) -> None:
+    """Create so many sandboxes, one after the other, with the configuration of the environment.
+
+    The first begins when a line comes on standard input.
+    """
     from agentlab_core import config
     from agentlab_core.context import Context
     from agentlab_core.sandboxes import create
@@ -104,19 +136,26 @@ def control(creations: int) -> None:
     ctx.close()
 
 
-def broadcast(pve: Any, names: list[str], ended: threading.Event) -> None:
-    """Set the figures of the nodes every ten seconds, as Proxmox VE does: a young VM uses a quarter of its memory."""
+def broadcast_figures(pve: Any, names: list[str], ended: threading.Event) -> None:
+    """Set the figures of the double's nodes every ten seconds, as Proxmox VE does, until the event is set.
+
+    A young VM uses a quarter of its memory.
+    """
     while True:
         counts = Counter(vm.node for vm in list(pve.vms) if not vm.template)
         for name in names:
             used = 4 * GIB + counts[name] * MEMORY // 4
             pve.node_figures[name] = {"maxmem": NODE_MEMORY, "mem": used, "maxcpu": 64}
-        if ended.wait(BROADCAST):
+        if ended.wait(BROADCAST_SECONDS):
             return
 
 
 def run_processes(creations: int = CREATIONS) -> dict[str, Any]:
-    """Return how three controller processes spread their sandboxes over 16 nodes."""
+    """Create so many sandboxes on a double with 16 nodes, by three controller processes.
+
+    Returns the seconds, the requests per creation, and the fewest and most sandboxes on a node. Raises RuntimeError
+    when a controller fails.
+    """
     from support.double import Server
 
     names = [f"pve{number}" for number in range(1, NODES + 1)]
@@ -130,7 +169,7 @@ def run_processes(creations: int = CREATIONS) -> dict[str, Any]:
         template.config["memory"] = str(MEMORY // 1024**2)
         (Path(folder) / "config.yaml").write_text("template: '9000'\n", encoding="utf-8")
         ended = threading.Event()
-        figures = threading.Thread(target=broadcast, args=(pve, names, ended))
+        figures = threading.Thread(target=broadcast_figures, args=(pve, names, ended))
         figures.start()
         env = {**os.environ, **server.environment(folder)}
         shares = [creations // CONTROLLERS + (number < creations % CONTROLLERS) for number in range(CONTROLLERS)]
@@ -169,13 +208,14 @@ def run_processes(creations: int = CREATIONS) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Simulate, or run the processes of the command line, and print the results as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", action="store_true", help="run three controllers as processes")
     parser.add_argument("--creations", type=int, default=CREATIONS, help="how many creations with --processes")
     parser.add_argument("--controller", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.controller is not None:
-        control(options.controller)
+        create_sandboxes(options.controller)
         return
     if options.processes:
         print(json.dumps(run_processes(options.creations), indent=2))
@@ -186,9 +226,9 @@ def main() -> None:
                 "nodes": NODES,
                 "creations": CREATIONS,
                 "controllers": CONTROLLERS,
-                "shared": simulate(),
-                "not_shared": simulate(shared=False),
-                "decision_ms": round(decision_time(), 2),
+                "shared": simulate_creations(),
+                "not_shared": simulate_creations(shared=False),
+                "decision_ms": round(measure_decision(), 2),
             },
             indent=2,
         )

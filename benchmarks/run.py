@@ -4,7 +4,7 @@
 
 """Measure us and the peers side by side; print the table, write it, its plot and the single values.
 
-What is compared runs interleaved, the medians are taken, and only ratios within one run are judged. A row that fails
+Runs that are compared alternate, the medians are taken, and only ratios within one run are judged. A row that fails
 says why, and the others go on.
 
     python benchmarks/run.py [--runs 5] [--rows "1 2 scale"]      # or: make bench ROWS="1 2"
@@ -26,116 +26,126 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / ".collections")]
 
+import commits
 import creating
 import daemon
+import destroying
 import peers
+import reading
 import report
-import rows
 import scale
 import shipping
-from field import Canned, field
+from field import CannedProxmox, run_canned_proxmox
+from harness import Bench
+from judging import Row
 
-GROUPS: dict[str, tuple[tuple[str, ...], Callable[[rows.Bench, set[str]], list[rows.Row]]]] = {
-    "counting": (("4", "5"), rows.counting),
-    "loading": (("14",), rows.loading),
-    "single": (("7", "8"), rows.single),
-    "listing": (("9",), rows.listing),
-    "history": (("10",), rows.history),
-    "committing": (("11",), rows.committing),
-    "daemon": (("12",), daemon.serving),
-    "growing": (("13",), rows.growing),
-    "repeating": (("6",), rows.repeating),
-    "destroying": (("1", "2", "3", "16"), rows.destroying),
-    "remote": (("15",), shipping.over_ssh),
-    "creating": (("17",), creating.many),
-    "creating one": (("18",), creating.one),
-    "local backend": (("20",), creating.local_backend),
-    "command line": (("19",), daemon.command_line),
-    "ten thousand": (("21",), daemon.ten_thousand),
-    "levers": (("levers",), scale.levers),
-    "scale": (("scale",), scale.sizes),
+# Name of a group -> the numbers of its rows, and the function that measures them.
+GROUPS: dict[str, tuple[tuple[str, ...], Callable[[Bench, set[str]], list[Row]]]] = {
+    "counting": (("4", "5"), destroying.count_requests),
+    "loading": (("14",), reading.measure_payload),
+    "single": (("7", "8"), reading.measure_single_reads),
+    "listing": (("9",), reading.measure_list),
+    "history": (("10",), reading.measure_history),
+    "committing": (("11",), commits.measure_commits),
+    "daemon": (("12",), daemon.measure_daemon),
+    "growing": (("13",), destroying.measure_growth),
+    "repeating": (("6",), destroying.measure_second_destroy),
+    "destroying": (("1", "2", "3", "16"), destroying.measure_destroys),
+    "remote": (("15",), shipping.measure_over_ssh),
+    "creating": (("17",), creating.measure_many_creations),
+    "creating one": (("18",), creating.measure_single_creation),
+    "local backend": (("20",), creating.measure_local_backend),
+    "command line": (("19",), daemon.measure_command_line),
+    "ten thousand": (("21",), daemon.measure_many_sandboxes),
+    "levers": (("levers",), scale.measure_levers),
+    "scale": (("scale",), scale.measure_sizes),
 }
-ALL = {number for numbers, _measure in GROUPS.values() for number in numbers}
+ALL_ROWS = {number for numbers, _measure in GROUPS.values() for number in numbers}
 
 
-class Others:
-    """How much of the machine was busy with something else meanwhile, in cores."""
+class OtherWork:
+    """The processor time that other programs on this machine use, from the moment that this object is made."""
 
-    def __init__(self, server: Canned) -> None:
+    def __init__(self, server: CannedProxmox) -> None:
         self._server = server
         self._began = time.monotonic()
-        self._busy, self._ours = self._times()
+        self._busy, self._ours = self._read_times()
 
-    def _times(self) -> tuple[float, float]:
+    def _read_times(self) -> tuple[float, float]:
+        """Return the processor time of the whole machine, and of this run with its programs, in seconds."""
         import psutil
 
-        found = psutil.cpu_times()
+        machine = psutil.cpu_times()
         ours = sum(
-            one.ru_utime + one.ru_stime
-            for one in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+            usage.ru_utime + usage.ru_stime
+            for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         )
-        return found.user + found.nice + found.system + found.irq + found.softirq, ours + self._server.cpu_seconds()
+        busy = machine.user + machine.nice + machine.system + machine.irq + machine.softirq
+        return busy, ours + self._server.read_cpu_seconds()
 
     @property
     def cores(self) -> float:
-        busy, ours = self._times()
+        """Return how many cores were busy with other work since, on average."""
+        busy, ours = self._read_times()
         return max(0.0, (busy - self._busy - (ours - self._ours)) / (time.monotonic() - self._began))
 
 
 def main() -> int:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--runs", type=int, default=5, help="how often each thing is measured")
-    asked.add_argument(
+    """Measure the rows of the command line, and write the results and the page. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5, help="how often each thing is measured")
+    parser.add_argument(
         "--rows", default="", help="rows to measure, such as '4 5 12'; 'levers' and 'scale' are two more; default: all"
     )
-    asked.add_argument("--most", type=int, default=5000, help="the most VMs of row 13")
-    given = asked.parse_args()
-    wanted = set(given.rows.replace(",", " ").split()) or ALL
-    if given.runs < 1 or wanted - ALL:
-        asked.error(f"rows: {', '.join(sorted(ALL, key=report.order))}; runs: 1 or more")
+    parser.add_argument("--most", type=int, default=5000, help="the most VMs of row 13")
+    options = parser.parse_args()
+    wanted = set(options.rows.replace(",", " ").split()) or ALL_ROWS
+    if options.runs < 1 or wanted - ALL_ROWS:
+        parser.error(f"rows: {', '.join(sorted(ALL_ROWS, key=report.make_sort_key))}; runs: 1 or more")
     began = time.monotonic()
-    known = report.load()
+    results = report.load_results()
     failed = False
-    with field() as server:
-        bench = rows.Bench(server, given.runs, peers.fetch(), max(200, given.most))
+    with run_canned_proxmox() as server:
+        bench = Bench(server, options.runs, peers.fetch_packages(), max(200, options.most))
         for numbers, measure in GROUPS.values():
             if not wanted & set(numbers):
                 continue
-            others = Others(server)
+            other_work = OtherWork(server)
             try:
-                found = measure(bench, wanted)
+                rows = measure(bench, wanted)
             except Exception as error:
                 failed = True
                 traceback.print_exc()
                 why = str(error).strip() or type(error).__name__
-                found = [{"row": number, "failed": why[-400:]} for number in numbers if number in wanted]
-            for row in found:
+                rows = [{"row": number, "failed": why[-400:]} for number in numbers if number in wanted]
+            for row in rows:
                 if row["row"] not in wanted:
                     continue
-                known["rows"][row["row"]] = {
-                    "runs": given.runs,
+                results["rows"][row["row"]] = {
+                    "runs": options.runs,
                     **row,
-                    "others": round(others.cores, 2),
+                    "others": round(other_work.cores, 2),
                     "on": datetime.date.today().isoformat(),
                 }
-                print(report.line(row), flush=True)
-            known["machine"] = {**machine(), "community.proxmox": peers.versions()}
-            report.save(known)
-    # As it was saved: the page can be made of that again.
-    known = report.load()
-    report.write(known)
+                print(report.format_row(row), flush=True)
+            results["machine"] = {**describe_machine(), "community.proxmox": peers.format_versions()}
+            report.save_results(results)
+    # Read what was saved, so that report.py makes the same page of it later.
+    results = report.load_results()
+    report.write_page(results)
     print(
-        f"\n{report.table(known)}\n\n{report.text_plot(known)}\n\nMeasured within {time.monotonic() - began:.0f} s; "
+        f"\n{report.format_table(results)}\n\n{report.draw_text_plot(results)}\n\n"
+        f"Measured within {time.monotonic() - began:.0f} s; "
         "written to docs/performance.md, docs/performance.png and benchmarks/results.json"
     )
     return 1 if failed else 0
 
 
-def machine() -> dict[str, Any]:
-    """What kind of machine it was, and nothing that tells which."""
+def describe_machine() -> dict[str, Any]:
+    """Return what kind of machine this is, and nothing that identifies the machine: cores, memory in GB, versions."""
     cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.partition(":")[2].strip() for line in cpus if line.startswith("model name")), platform.machine())
-    memory = next(
+    memory_kb = next(
         int(line.split()[1])
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         if line.startswith("MemTotal")
@@ -145,7 +155,7 @@ def machine() -> dict[str, Any]:
     return {
         "cores": os.cpu_count(),
         "cpu": model,
-        "memory_gb": round(memory / 2**20),
+        "memory_gb": round(memory_kb / 2**20),
         "python": platform.python_version(),
         "ansible-core": ansible.__version__,
         "kernel": platform.release().split("-")[0],

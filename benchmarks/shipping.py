@@ -16,15 +16,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from field import FIRST, TOKEN_ID, TOKEN_SECRET, play, playbook
-from rows import Bench, Row, at_most, ratio
+from field import FIRST_VMID, TOKEN_ID, TOKEN_SECRET, make_play, write_playbook
+from harness import Bench
+from judging import Row, divide_medians, make_at_most_row
 
 SSHD_PATH = "/usr/sbin:/usr/local/sbin:/usr/bin"
 
 
 @contextlib.contextmanager
-def ssh_host(bench: Bench) -> Iterator[str]:
-    """Run an SSH server of our own on the loopback; give the path of an inventory with it as the one host."""
+def run_ssh_server(bench: Bench) -> Iterator[str]:
+    """Run an SSH server of our own on the loopback, and yield the path of an inventory that has it as its only host.
+
+    Raises RuntimeError when the machine has no sshd, or sshd does not answer.
+    """
     program = shutil.which("sshd") or shutil.which("sshd", path=SSHD_PATH)
     if program is None:
         raise RuntimeError("sshd: not on this machine, which row 15 needs. Install openssh-server")
@@ -70,6 +74,7 @@ def ssh_host(bench: Bench) -> Iterator[str]:
 
 
 def _await_port(port: int, log: Path) -> None:
+    """Wait until something listens on a port of the loopback. After 10 s raise RuntimeError with the end of the log."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
@@ -78,33 +83,37 @@ def _await_port(port: int, log: Path) -> None:
     raise RuntimeError(f"sshd did not answer: {log.read_text(errors='replace')[-300:] if log.exists() else ''}")
 
 
-def over_ssh(bench: Bench, _wanted: set[str]) -> list[Row]:
-    """Both plays run over one kept SSH connection (ControlPersist, Ansible's default), with pipelining."""
-    bench.vms(1)
-    bench.records(1)
+def measure_over_ssh(bench: Bench, _wanted: set[str]) -> list[Row]:
+    """Measure row 15: a run that the records answer, shipped over SSH, against a ping play to the same host.
+
+    Both run over one kept SSH connection (ControlPersist, Ansible's default), with pipelining.
+    """
+    bench.reset_cluster(1)
+    bench.write_records(1)
     options = {
-        "vmid": FIRST,
+        "vmid": FIRST_VMID,
         "database": bench.database,
         "api_host": bench.env["PROXMOX_HOST"],
         "api_token_id": TOKEN_ID,
         "api_token_secret": TOKEN_SECRET,
     }
     remote = {"hosts": "near", "connection": "ssh", "vars": {}}
-    info = playbook(bench.folder, "ssh-info", play({"agentlab.proxmox.agentlab_sandbox_info": options}, **remote))
-    ping = playbook(bench.folder, "ssh-ping", play({"ansible.builtin.ping": {}}, **remote))
-    with ssh_host(bench) as inventory:
+    info_play = make_play({"agentlab.proxmox.agentlab_sandbox_info": options}, **remote)
+    info = write_playbook(bench.folder, "ssh-info", info_play)
+    ping = write_playbook(bench.folder, "ssh-ping", make_play({"ansible.builtin.ping": {}}, **remote))
+    with run_ssh_server(bench) as inventory:
         # The first run opens the connection that the others share.
-        bench.ours(ping, "-i", inventory)
-        ours, bare = bench.interleaved(
-            lambda: bench.ours(info, "-i", inventory), lambda: bench.ours(ping, "-i", inventory)
+        bench.run_ours(ping, "-i", inventory)
+        ours, pings = bench.measure_by_turns(
+            lambda: bench.run_ours(info, "-i", inventory), lambda: bench.run_ours(ping, "-i", inventory)
         )
     return [
-        at_most(
+        make_at_most_row(
             "15",
             "shipped over SSH (multiplexed): a run that the records answer, against a ping to the same host",
             1.12,
-            ratio(ours, bare),
+            divide_medians(ours, pings),
             "x",
-            {"ours": ours, "ping": bare},
+            {"ours": ours, "ping": pings},
         )
     ]

@@ -4,7 +4,7 @@
 """A name says what it holds: no variable, parameter or function is called found, one, left, noted, done or given.
 
 Such a word says how a value came about. The reader has to look for what it is: a sandbox, a drift, a task. The first
-line of a docstring in tests/support says what the function does, in the imperative.
+line of a docstring in tests/support and benchmarks says what the function does, in the imperative.
 """
 
 from __future__ import annotations
@@ -17,8 +17,16 @@ import pytest
 
 TOP = Path(__file__).resolve().parents[2]
 EMPTY_WORDS = frozenset(("found", "one", "left", "noted", "done", "given"))
-SUPPORT = sorted((TOP / "tests/support").rglob("*.py"))
-FILES = [*(path for folder in ("plugins", "roles") for path in sorted((TOP / folder).rglob("*.py"))), *SUPPORT]
+# Folders whose names are held to the rule, and those whose docstrings are as well.
+NAMED = ("plugins", "roles", "tests/benchmarks")
+DOCUMENTED = ("benchmarks", "tests/support")
+
+
+def list_files(folders: tuple[str, ...]) -> list[Path]:
+    """Return the Python files in folders of the repository."""
+    return [path for folder in folders for path in sorted((TOP / folder).rglob("*.py"))]
+
+
 # A docstring that begins so says what something is, not what the function does.
 NOUN_BEGINNINGS = {
     *("a", "all", "an", "any", "as", "each", "entries", "every", "how", "it", "one", "somebody", "that", "the"),
@@ -69,10 +77,11 @@ def test_each_kind_of_name_is_seen(text: str) -> None:
 
 
 def test_names_say_what_they_hold() -> None:
-    assert len(FILES) > 100
+    files = list_files(NAMED + DOCUMENTED)
+    assert len(files) > 100 and all(list_files((folder,)) for folder in NAMED + DOCUMENTED)
     empty = {
         f"{path.relative_to(TOP)}:{line}": name
-        for path in FILES
+        for path in files
         for line, name in list_empty_names(path.read_text(encoding="utf-8"))
     }
     assert not empty, f"call these what they hold (the sandbox, the drift, the task): {empty}"
@@ -114,11 +123,12 @@ def test_a_docstring_that_says_not_what_the_function_does_is_seen(text: str) -> 
     assert list_nominal_docstrings(text)
 
 
-def test_what_the_tests_share_says_what_it_does() -> None:
-    assert len(SUPPORT) > 40 and not list_nominal_docstrings("def read():\n    'Return the rows.'\ndef _look(): pass")
+def test_functions_of_benchmarks_and_of_what_tests_share_say_what_they_do() -> None:
+    files = list_files(DOCUMENTED)
+    assert len(files) > 60 and not list_nominal_docstrings("def read():\n    'Return the rows.'\ndef _look(): pass")
     nominal = {
         f"{path.relative_to(TOP)}:{line}": name
-        for path in SUPPORT
+        for path in files
         for line, name in list_nominal_docstrings(path.read_text(encoding="utf-8"))
     }
     assert not nominal, f"begin their docstrings with a verb (Return, Write, Wait): {nominal}"
