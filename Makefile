@@ -177,7 +177,7 @@ importer: setup ## What Galaxy does with an uploaded archive
 bench-engines: setup ## Measure records on PostgreSQL beside records in SQLite, with a million destroyed ones: ten minutes
 	@.venv/bin/python benchmarks/engines.py --runs $(RUNS)
 
-bench: setup ## Measure us and the peers side by side, on a quiet machine, about 20 minutes; ROWS="1 2" for some rows, RUNS=5
+bench: setup ## Measure us and the peers side by side, on a quiet machine, about an hour; ROWS="1 2" for some rows, RUNS=5
 	@.venv/bin/python benchmarks/run.py --runs $(RUNS) --rows "$(ROWS)"
 
 bench-short: setup ## What the benchmarks count and weigh: requests exactly, payload of the modules, no times

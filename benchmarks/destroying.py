@@ -25,7 +25,7 @@ FLAT_KB_EACH = 8
 def measure_destroys(bench: Bench, wanted: set[str]) -> list[Row]:
     """Measure rows 1, 2, 3 and 16: destroy fifty stopped VMs by our module, by limit.py and by the peers.
 
-    The peers take minutes, so each runs only for rows that need it.
+    A loop of a peer takes two minutes, so each peer runs only for rows that need it.
     """
     destroy, loop = bench.write_destroy_playbook(), bench.write_peer_loop_playbook()
     forks, hosts = bench.write_peer_forks_playbook(), bench.write_hosts()
@@ -37,19 +37,15 @@ def measure_destroys(bench: Bench, wanted: set[str]) -> list[Row]:
     if "16" in wanted:
         peer_runs["forks of the newest"] = lambda: bench.run_peer(forks, *hosts, package=newest)
         peer_runs["loop of the newest"] = lambda: bench.run_peer(loop, package=newest)
-    slow_runs = {
-        name: _destroy_new_vms(bench, timed_run)
-        for name, timed_run in peer_runs.items()
-        if name in wanted or "16" in wanted
-    }
-    ours, shipped, ping, limit, *peer_seconds = bench.measure_by_turns(
+    peer_runs = {name: timed_run for name, timed_run in peer_runs.items() if name in wanted or "16" in wanted}
+    ours, shipped, ping, limit, *peer_values = bench.measure_by_turns(
         _destroy_new_vms(bench, lambda: bench.run_ours(destroy)),
         _destroy_new_vms(bench, lambda: bench.run_shipped(destroy)),
         bench.run_ping,
         _destroy_new_vms(bench, lambda: _run_limit(bench)),
-        slow=tuple(slow_runs.values()),
+        *(_destroy_new_vms(bench, timed_run) for timed_run in peer_runs.values()),
     )
-    slow = dict(zip(slow_runs, peer_seconds, strict=True))
+    peers = dict(zip(peer_runs, peer_values, strict=True))
     values = {"ours": ours, "shipped": shipped, "ping": ping, "limit": limit}
     rows = [
         make_at_most_row(
@@ -63,29 +59,31 @@ def measure_destroys(bench: Bench, wanted: set[str]) -> list[Row]:
         )
     ]
     if "16" in wanted:
-        rows.append(_make_shipped_row(values, slow))
-    if "1" in slow:
-        row = make_at_least_row(
-            "1",
-            f"destroy {VM_COUNT} stopped VMs, {TASK_SECONDS} s tasks, whole playbook, against a `proxmox_kvm` loop",
-            45,
-            divide_medians(slow["1"], ours),
-            "x faster",
-            {**values, "loop": slow["1"]},
-            divide_medians(slow["1"], shipped),
+        rows.append(_make_shipped_row(values, peers))
+    if "1" in peers:
+        rows.append(
+            make_at_least_row(
+                "1",
+                f"destroy {VM_COUNT} stopped VMs, {TASK_SECONDS} s tasks, whole playbook, against a `proxmox_kvm` loop",
+                45,
+                divide_medians(peers["1"], ours),
+                "x faster",
+                {**values, "loop": peers["1"]},
+                divide_medians(peers["1"], shipped),
+            )
         )
-        rows.append({**row, "fewer": f"the loop {len(slow['1'])} times"})
-    if "2" in slow:
-        row = make_at_least_row(
-            "2",
-            f"the same against {VM_COUNT} hosts with forks=10",
-            8,
-            divide_medians(slow["2"], ours),
-            "x faster",
-            {**values, "forks": slow["2"]},
-            divide_medians(slow["2"], shipped),
+    if "2" in peers:
+        rows.append(
+            make_at_least_row(
+                "2",
+                f"the same against {VM_COUNT} hosts with forks=10",
+                8,
+                divide_medians(peers["2"], ours),
+                "x faster",
+                {**values, "forks": peers["2"]},
+                divide_medians(peers["2"], shipped),
+            )
         )
-        rows.append({**row, "fewer": f"the peer {len(slow['2'])} times"})
     return rows
 
 
@@ -115,23 +113,22 @@ def _run_limit(bench: Bench) -> float:
     return time_command(command, bench.env, bench.folder)
 
 
-def _make_shipped_row(values: dict[str, list[float]], slow: dict[str, list[float]]) -> Row:
+def _make_shipped_row(values: dict[str, list[float]], peers: dict[str, list[float]]) -> Row:
     """Return row 16: the shipped module against loop and forks of the newest peer.
 
-    ``values`` are the seconds of ours, ``slow`` those of the peers. The row shows the ratios to the peer 1.4.0 too.
+    ``values`` are the seconds of ours, ``peers`` those of the peers. The row shows the ratios to the peer 1.4.0 too.
     """
     shipped = values["shipped"]
-    loop, forks = (divide_medians(slow[f"{way} of the newest"], shipped) for way in ("loop", "forks"))
-    older_loop, older_forks = divide_medians(slow["1"], shipped), divide_medians(slow["2"], shipped)
-    row = make_row(
+    loop, forks = (divide_medians(peers[f"{way} of the newest"], shipped) for way in ("loop", "forks"))
+    older_loop, older_forks = divide_medians(peers["1"], shipped), divide_medians(peers["2"], shipped)
+    return make_row(
         "16",
         f"shipped: destroy {VM_COUNT} stopped VMs, against the newest peer's loop / {VM_COUNT} hosts with forks=10",
         "at least 45x / 8x faster",
         f"{loop:.1f}x / {forks:.1f}x faster ({older_loop:.1f}x / {older_forks:.1f}x against 1.4.0)",
         max(45 / loop, 8 / forks),
-        {**values, **slow},
+        {**values, **peers},
     )
-    return {**row, "fewer": f"the peers {len(slow['1'])} times"}
 
 
 def count_requests(bench: Bench, _wanted: set[str]) -> list[Row]:
@@ -187,21 +184,22 @@ def measure_second_destroy(bench: Bench, _wanted: set[str]) -> list[Row]:
     ours, shipped, looped = bench.measure_by_turns(
         lambda: bench.run_ours(destroy),
         lambda: bench.run_shipped(destroy),
-        slow=(lambda: bench.run_peer(loop),),
+        lambda: bench.run_peer(loop),
     )
     bench.reset_cluster(0)
     bench.run_ours(destroy)
     requests = sum(bench.server.read_request_counts().values())
     times_faster = divide_medians(looped, ours)
-    row = make_row(
-        "6",
-        f"second run over {VM_COUNT} absent ones, against the peer's",
-        "at least 15x faster, at most 2 requests",
-        f"{times_faster:.1f}x faster ({divide_medians(looped, shipped):.1f}x shipped), {requests} requests",
-        max(15 / times_faster, requests / 2),
-        {"ours": ours, "shipped": shipped, "loop": looped},
-    )
-    return [{**row, "fewer": f"the loop {len(looped)} times"}]
+    return [
+        make_row(
+            "6",
+            f"second run over {VM_COUNT} absent ones, against the peer's",
+            "at least 15x faster, at most 2 requests",
+            f"{times_faster:.1f}x faster ({divide_medians(looped, shipped):.1f}x shipped), {requests} requests",
+            max(15 / times_faster, requests / 2),
+            {"ours": ours, "shipped": shipped, "loop": looped},
+        )
+    ]
 
 
 def measure_growth(bench: Bench, _wanted: set[str]) -> list[Row]:

@@ -97,16 +97,11 @@ class Bench:
         """Run a play whose one task is ansible.builtin.ping, and return its seconds."""
         return self.run_ours(self.ping_playbook)
 
-    def measure_by_turns(self, *timed_runs: TimedRun, slow: tuple[TimedRun, ...] = ()) -> list[list[float]]:
-        """Return the seconds of each timed run, measured ``runs`` times by turns, so that load hits all alike.
-
-        The ``slow`` ones run in the first of every three rounds only, and their seconds come last.
-        """
-        seconds: list[list[float]] = [[] for _timed_run in (*timed_runs, *slow)]
-        for number in range(self.runs):
-            turn = timed_runs if number % 3 else (*timed_runs, *slow)
-            # In a round without the slow runs their lists stay as they are.
-            for values, timed_run in zip(seconds, turn, strict=False):
+    def measure_by_turns(self, *timed_runs: TimedRun) -> list[list[float]]:
+        """Return the seconds of each timed run, measured ``runs`` times by turns, so that load hits all alike."""
+        seconds: list[list[float]] = [[] for _timed_run in timed_runs]
+        for _number in range(self.runs):
+            for values, timed_run in zip(seconds, timed_runs, strict=True):
                 values.append(timed_run())
         return seconds
 
