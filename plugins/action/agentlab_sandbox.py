@@ -162,8 +162,8 @@ class ActionModule(ShippedModule):
                     f"{name}: YAML reads the value as a number, a date or a boolean, not as text, which would change "
                     "it; put it in quotes"
                 )
-        items = self._task.args.get("items")
-        for number, options in enumerate([self._task.args, *(items if isinstance(items, list) else ())]):
+        args = self._check_items()
+        for number, options in enumerate([args, *(args.get("items") or ())]):
             for name in _WORDS if isinstance(options, dict) else ():
                 value = options.get(name)
                 if any(isinstance(word, bool) for word in (value if isinstance(value, list) else [value])):
@@ -174,10 +174,29 @@ class ActionModule(ShippedModule):
                     )
         result = self._run_module(tmp, variables)
         message = result.get("msg")
-        is_refusal = isinstance(message, str) and ("unable to convert" in message or items is not None)
+        is_refusal = isinstance(message, str) and ("unable to convert" in message or args.get("items") is not None)
         if result.get("failed") and is_refusal:
-            result["msg"] = _import_adapter().explain_refusal(str(message), self._task.args)
+            result["msg"] = _import_adapter().explain_refusal(str(message), args)
         return result
+
+    def _check_items(self) -> dict[str, Any]:
+        """Return the options of the task, with ``items`` as mappings. Refuse items that are none."""
+        args: dict[str, Any] = self._task.args
+        if "items" not in args:
+            return args
+        if args["items"] is None:
+            if any(args.get(name) is not None for name in ("vmid", "vmids", "name")):
+                return args
+            # Ansible reads a null as an option that is left out, and that creates one sandbox without a name.
+            raise AnsibleActionFail(
+                "items: is null. Valid: a list of mappings of options, or [] for no sandbox. Leave items out to create "
+                "one sandbox (in a playbook: | default(omit, true))"
+            )
+        adapter = _import_adapter()
+        try:
+            return {**args, "items": adapter.read_items(args["items"])}
+        except adapter.AgentlabError as error:
+            raise AnsibleActionFail(error.message) from None
 
     def _run_module(self, tmp: str | None, variables: dict[str, Any]) -> dict[str, Any]:
         """Run the module in this process where that is possible, and return its result."""

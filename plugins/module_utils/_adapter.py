@@ -20,7 +20,7 @@ from ansible.module_utils.common import validation
 from ._core import config as core_config
 from ._core import database_address, patterns
 from ._core.context import Context
-from ._core.errors import AgentlabError, InvalidInput, make_host_error
+from ._core.errors import AgentlabError, InternalError, InvalidInput, make_host_error
 from ._core.escapes import escape_controls
 from ._core.model import Outcome, Sandbox
 
@@ -105,16 +105,8 @@ def run(
     except AgentlabError as error:
         failure = {"msg": error.explain(REMEDIES), "error": error.as_dict(REMEDIES), "changed": False, **_extra(error)}
     except Exception as error:  # the outermost edge: what we did not foresee is told without a trace
-        host_failure = make_host_error(error)
-        kind = type(error).__name__
-        text = (
-            f"internal error: {kind}: {error}; nothing more was done. Please report this with the steps that led to it"
-        )
-        failure = {
-            "msg": host_failure.message if host_failure else text,
-            "error": host_failure.as_dict() if host_failure else {"code": "internal", "type": kind},
-            "changed": False,
-        }
+        known = explain_unforeseen(error)
+        failure = {"msg": known.message, "error": known.as_dict(), "changed": False}
     finally:
         if context is not None:
             context.close()
@@ -128,6 +120,15 @@ def run(
     if result.get("failed"):
         module.fail_json(**result)
     module.exit_json(**result)
+
+
+def explain_unforeseen(error: Exception) -> AgentlabError:
+    """Return the error to report for an exception that no code expects: a lack of this host's resources, or a bug."""
+    kind = type(error).__name__
+    return make_host_error(error) or InternalError(
+        f"internal error: {kind}: {error}; nothing more was done. Please report this with the steps that led to it",
+        type=kind,
+    )
 
 
 def _hide_short_secrets(module: AnsibleModule, spec: Mapping[str, Any]) -> None:
@@ -168,10 +169,6 @@ _KINDS = {
 
 
 # Ansible's other refusals of what stands in items; none of them says which item it is.
-_NO_MAPPING = re.compile(
-    r"^dictionary requested|Elements value for option '?items'? is of type .*? and we were unable to convert to dict",
-    re.S,
-)
 _UNSUPPORTED = re.compile(
     r"module: items\.(?P<option>[^.,]+)[.,].*?Supported parameters include: (?P<valid>.+?)\.?$", re.S
 )
@@ -190,9 +187,34 @@ _CONVERTERS = {
 def place_item(number: int, item: object) -> str:
     """Return where an item stands in ``items``, and its name or VMID: ``items[1] (agent-2)``."""
     values = item if isinstance(item, Mapping) else {}
-    known = {key: escape_controls(str(values[key]))[:80] for key in ("name", "vmid") if values.get(key)}
+    words = {key: str(value).strip() for key, value in values.items() if isinstance(value, (str, int)) and value}
+    known = {key: escape_controls(words[key])[:80] for key in ("name", "vmid") if words.get(key)}
     of = known.get("name") or (f"vmid {known['vmid']}" if known else "")
     return f"items[{number}]{f' ({of})' if of else ''}"
+
+
+def read_items(value: object) -> list[dict[str, Any]]:
+    """Return ``items`` as mappings. Raises InvalidInput for a value that is no list of mappings.
+
+    Ansible would refuse such a value too, but before it knows the secrets of the task, and so would show them.
+    """
+    try:
+        entries = validation.check_type_list(value)
+    except TypeError:
+        raise InvalidInput(
+            "items: is not a list. Valid: a list of mappings of options, such as [{name: agent-1}]", option="items"
+        ) from None
+    items: list[dict[str, Any]] = []
+    for number, entry in enumerate(entries):
+        try:
+            items.append(validation.check_type_dict(entry))
+        except TypeError:
+            raise InvalidInput(
+                f"items[{number}]: is not a mapping. Valid: a mapping of options, such as {{name: agent-1}}",
+                option="items",
+                index=number,
+            ) from None
+    return items
 
 
 def _find_item(options: Mapping[str, Any], is_it: Callable[[Any], bool]) -> str:
@@ -216,9 +238,6 @@ def explain_refusal(message: str, options: Mapping[str, Any]) -> str:
     ``options`` are the task's. Of a value of a wrong type Ansible names the type, not the value and not what is valid;
     of what stands in ``items`` it does not name the item.
     """
-    if _NO_MAPPING.search(message):
-        place = _find_item(options, lambda item: not _converts(item, "dict"))
-        return f"{place}: is not a mapping. Valid: a mapping of options, such as {{name: agent-1}}"
     refusal = _UNSUPPORTED.search(message)
     if refusal is not None:
         option = refusal["option"]
@@ -333,6 +352,8 @@ def answer(
     }
     if single:
         result["sandbox"] = result["sandboxes"][0] if sandboxes else None
+        if failed and failed[0].error is not None:
+            result["error"] = failed[0].error.as_dict(REMEDIES)
     if diff:
         result["diff"] = difference(outcomes)
     if failed:

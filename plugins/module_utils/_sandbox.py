@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from . import _adapter
 from ._core.context import Context, make_failure
-from ._core.errors import AgentlabError, InvalidInput, NotFound
+from ._core.errors import AgentlabError, InvalidInput, Kept, NotFound
 from ._core.model import Outcome, Sandbox
 
 if TYPE_CHECKING:
@@ -65,17 +66,15 @@ def _create(module: AnsibleModule, context: Context, ids: list[dict[str, Any]]) 
 
     params = module.params
     if params.get("items") is not None:
-        return context.run_each(
-            lambda item: _create_item(context, *item), _check_items(context, params, params["items"])
-        )
-    several = params.get("vmids") is not None
-    spec = wanted.make_spec(context, {**params, "vmid": None, "name": None if several else params.get("name")})
-    if not several:
-        ident = (ids or [{}])[0]
-        return [_ensure(context, params, dataclasses.replace(spec, vmid=ident.get("vmid")))]
-    return context.run_each(
-        lambda ident: _create_item(context, params, dataclasses.replace(spec, vmid=ident.get("vmid"))), ids
-    )
+        creations = _check_items(context, params, params["items"])
+    else:
+        several = params.get("vmids") is not None
+        spec = wanted.make_spec(context, {**params, "vmid": None, "name": None if several else params.get("name")})
+        creations = [
+            (params, dataclasses.replace(spec, vmid=ident.get("vmid"))) for ident in (ids if several else ids or [{}])
+        ]
+    context.named_vmids = frozenset(spec.vmid for _options, spec in creations if spec.vmid is not None)
+    return context.run_each(lambda creation: _create_item(context, *creation), creations)
 
 
 def _check_items(
@@ -87,6 +86,7 @@ def _check_items(
     common = {name: value for name, value in params.items() if name not in ("items", "vmid", "vmids", "name")}
     checked: list[tuple[dict[str, Any], Spec]] = []
     first_use: dict[tuple[str, object], int] = {}
+    sandboxes: dict[str, int] = {}
     for number, item in enumerate(items):
         options = {**common, **{name: value for name, value in item.items() if value is not None}}
         where = _adapter.place_item(number, item)
@@ -109,24 +109,65 @@ def _check_items(
                     index=number,
                 )
             first_use[key] = number
+        sandbox = _find_sandbox(context, spec)
+        if sandbox is not None and sandboxes.setdefault(sandbox.uuid, number) != number:
+            raise InvalidInput(
+                f"{where}: is the sandbox of items[{sandboxes[sandbox.uuid]}] too, VMID {sandbox.vmid} with the name "
+                f"{sandbox.name!r}. Give each sandbox one item",
+                option="items",
+                index=number,
+            )
         checked.append((options, spec))
     return checked
 
 
+def _find_sandbox(context: Context, spec: Spec) -> Sandbox | None:
+    """Return the live sandbox of the spec; None also where VMID and name belong to different sandboxes."""
+    from ._core.sandboxes import create
+
+    try:
+        return create.find_existing(context, spec)
+    except InvalidInput:
+        return None
+
+
 def _create_item(context: Context, params: dict[str, Any], spec: Spec) -> Outcome:
-    """Return what became of one of several; a failure stops no other."""
+    """Return the outcome of one creation. A failure stops no other creation."""
+    before = _find_sandbox(context, spec)
     try:
         return _ensure(context, params, spec)
     except AgentlabError as error:
-        return Outcome(
-            "failed",
-            vmid=spec.vmid,
-            name=spec.name,
-            reason=error.code,
-            message=error.message,
-            remedy=error.remedy,
-            failed=True,
-        )
+        return _make_failure(context, spec, before, error)
+    except Exception as error:  # the outcomes of the others must not be lost with this one
+        return _make_failure(context, spec, before, _adapter.explain_unforeseen(error))
+
+
+def _make_failure(context: Context, spec: Spec, before: Sandbox | None, error: AgentlabError) -> Outcome:
+    """Return the outcome of a failed creation. ``before``: the sandbox before the task.
+
+    An interrupted or failed creation leaves a record. The outcome shows that record, because its VM may exist.
+    """
+    sandbox = None
+    with contextlib.suppress(AgentlabError):
+        sandbox = _find_sandbox(context, spec)
+    upid = error.detail.get("upid") or (error.detail.get("cause") or {}).get("upid")
+    placement = error.detail.get("placement")
+    return Outcome(
+        "failed",
+        vmid=sandbox.vmid if sandbox else spec.vmid or error.detail.get("vmid"),
+        uuid=sandbox.uuid if sandbox else None,
+        name=sandbox.name if sandbox else spec.name,
+        previous_state=before.state if before else None,
+        state=sandbox.state if sandbox else None,
+        reason=error.reason if isinstance(error, Kept) else error.code,
+        message=error.message,
+        remedy=error.remedy,
+        failed=True,
+        upids=[upid] if upid else [],
+        sandbox=sandbox,
+        error=error,
+        extra={"placement": placement} if placement else {},
+    )
 
 
 def _ensure(context: Context, params: dict[str, Any], spec: Spec) -> Outcome:
@@ -147,10 +188,7 @@ def _ensure(context: Context, params: dict[str, Any], spec: Spec) -> Outcome:
         # Given as false they are to be switched off; left out they stay as they are.
         second = create.amend(context, outcome.sandbox, protected=params["protected"], keepalive=params["keepalive"])
         if second.changed:
-            second.warnings, second.advice, second.upids = outcome.warnings, outcome.advice, outcome.upids
-            for part in ("after", "before"):
-                second.extra[part] = {**outcome.extra.get(part, {}), **second.extra[part]}
-            outcome = second
+            outcome = create.add_outcome(outcome, second)
         return address.add_address(context, outcome, started=False) if params["wait_for_ip"] else outcome
     return outcome
 

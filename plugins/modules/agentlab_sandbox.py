@@ -220,9 +220,12 @@ options:
   items:
     description:
       - Sandboxes to create in parallel, with O(state=present). Each item has a O(items[].name) or a O(items[].vmid),
-        and any options of a creation. Options that the item does not set are taken from the task.
-      - The module checks all items before it changes anything. Then each sandbox has its own outcome, and a failed
-        creation stops no other. The next run of the task creates the missing sandboxes.
+        and any options of a creation. Options that the item does not set are taken from the task, also if the item has
+        a O(items[].profile), because an option of the task wins over a profile.
+      - The module checks all items before it changes anything. It refuses two items for the same sandbox. Then each
+        sandbox has its own outcome, and a failed creation stops no other. The next run of the task creates the missing
+        sandboxes.
+      - No sandbox gets a VMID that another item asks for.
     type: list
     elements: dict
     suboptions:
@@ -490,6 +493,13 @@ failed_count:
   description: Number of sandboxes that failed.
   returned: always
   type: int
+error:
+  description:
+    - The facts of a failure - C(code) (a word for programs), C(message), and others such as C(vmid), C(upid) or
+      C(cause).
+    - If options are refused before the work begins, the task returns C(msg), C(changed) and this value only.
+  returned: when options are refused, or when O(vmids) and O(items) are not used and the creation failed
+  type: dict
 """
 
 from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter

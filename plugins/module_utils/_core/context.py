@@ -53,6 +53,8 @@ class Context:
         self.clock: Clock = clock or SystemClock()
         self.wait_timeout = config.wait_timeout if wait_timeout is None else wait_timeout
         self.stopping = stopping
+        # VMIDs that sandboxes of this run ask for by number. No other sandbox of the run gets one of them.
+        self.named_vmids: frozenset[int] = frozenset()
         self._owner = parent is None
         if parent is None:
             self.database: Engine = open_database(

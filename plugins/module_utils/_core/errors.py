@@ -146,6 +146,12 @@ class HostError(AgentlabError):
     code = "host"
 
 
+class InternalError(AgentlabError):
+    """An exception that no code expects: a bug."""
+
+    code = "internal"
+
+
 _HOST_PROBLEMS = {
     errno.EMFILE: "this process has no file descriptor left. Raise its limit (ulimit -n; LimitNOFILE= of the unit)",
     errno.ENFILE: "this host has no file descriptor left. Raise fs.file-max, or end what has so many files open",

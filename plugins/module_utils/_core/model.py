@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import clock, states
-from .errors import Advice, DamagedRecord, add_remedy
+from .errors import Advice, AgentlabError, DamagedRecord, add_remedy
 
 
 @dataclass(slots=True)
@@ -173,6 +173,8 @@ class Outcome:
     # Warnings with a remedy.
     advice: list[Advice] = field(default_factory=list)
     sandbox: Sandbox | None = None
+    # The error of a failed creation, with all its facts.
+    error: AgentlabError | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

@@ -80,7 +80,7 @@ def make_vm(creation: Creation) -> Located | None:
     # An earlier run sent a clone request and lost the answer: Proxmox may still carry the clone out.
     doubt = earlier if resumed and not note.upid else None
     tries = 0
-    occupied: set[int] = set()
+    occupied: set[int] = set(ctx.named_vmids)
     while True:
         if resumed and not note.upid:
             if _bind_earlier_clone(creation, doubt or note):

@@ -78,7 +78,13 @@ def run(ctx: Context, spec: Spec) -> Outcome:
     spec.check()
     sandbox = find_existing(ctx, spec)
     if sandbox is None:
-        return _create_sandbox(ctx, spec)
+        try:
+            return _create_sandbox(ctx, spec)
+        except InvalidInput:
+            if find_existing(ctx, spec) is None:
+                raise
+        # Another run has reserved the name or the VMID meanwhile. Decide again.
+        return run(ctx, spec)
     if sandbox.state in states.CREATING or _is_almost_done(ctx, sandbox):
         if ctx.dry_run:
             return Outcome.of("would_create", sandbox, changed=True, state=states.RUNNING)
@@ -112,18 +118,24 @@ def run(ctx: Context, spec: Spec) -> Outcome:
 
 def _update_existing(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
     """Update an existing sandbox where the options allow, and warn of each given option that is not in force."""
-    outcome = amend(ctx, sandbox, protected=spec.protected or None, keepalive=spec.keepalive or None)
-    if spec.update:
-        applied = update.apply(ctx, outcome.sandbox or sandbox, spec)
-        if applied.changed:
-            for part in ("after", "before"):
-                applied.extra[part] = {**outcome.extra.get(part, {}), **applied.extra[part]}
-            outcome = applied
+    # The update goes first: it may be refused, and then the record keeps its settings too.
+    outcome = update.apply(ctx, sandbox, spec) if spec.update else Outcome.of("unchanged", sandbox)
+    amended = amend(ctx, outcome.sandbox or sandbox, protected=spec.protected or None, keepalive=spec.keepalive or None)
+    if amended.changed:
+        outcome = add_outcome(outcome, amended)
     differences = update.find_differences(ctx, outcome.sandbox or sandbox, spec)
     if spec.update:
         differences = {name: values for name, values in differences.items() if name not in update.APPLICABLE}
     outcome.advice += update.advise(sandbox, differences)
     return outcome
+
+
+def add_outcome(first: Outcome, second: Outcome) -> Outcome:
+    """Return the second outcome, extended by what the first did to the same sandbox."""
+    second.warnings, second.advice, second.upids = first.warnings, first.advice, first.upids
+    for part in ("after", "before"):
+        second.extra[part] = {**first.extra.get(part, {}), **second.extra[part]}
+    return second
 
 
 def _is_almost_done(ctx: Context, sandbox: Sandbox) -> bool:
@@ -248,7 +260,7 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
             sandbox,
             vmid=spec.vmid,
             vmid_range=ctx.config.vmid_range,
-            occupied=set(known),
+            occupied={*known, *ctx.named_vmids},
             journal=journal,
             place=reservation,
         )

@@ -31,6 +31,7 @@ STATUSES: dict[type[errors.AgentlabError], int] = {
     CloudInitFailed: 409,
     # The fault is in the daemon: its files, its records, its code.
     errors.AgentlabError: 500,
+    errors.InternalError: 500,
     errors.ConfigError: 500,
     errors.StoreError: 500,
     errors.DamagedRecord: 500,
@@ -51,7 +52,7 @@ STATUSES: dict[type[errors.AgentlabError], int] = {
     errors.TaskTimeout: 504,
 }
 # The reason of a failed outcome is an error's code. Subclasses may share a code only if they share the status.
-_BY_CODE = {kind.code: status for kind, status in STATUSES.items()} | {"internal": 500}
+_BY_CODE = {kind.code: status for kind, status in STATUSES.items()}
 # Every other reason of an outcome ("protected", "unknown", ...) says why a sandbox was kept.
 _LEFT_ALONE = 409
 
