@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +68,11 @@ def _create(module: AnsibleModule, context: Context, ids: list[dict[str, Any]]) 
         creations = _check_items(context, params, params["items"])
     else:
         several = params.get("vmids") is not None
+        if len(ids) > 1 and params.get("workspace") is not None:
+            raise InvalidInput(
+                "workspace: is attached to one sandbox at a time. Give one VMID, or items with a workspace each",
+                option="workspace",
+            )
         spec = wanted.make_spec(context, {**params, "vmid": None, "name": None if several else params.get("name")})
         creations = [
             (params, dataclasses.replace(spec, vmid=ident.get("vmid"))) for ident in (ids if several else ids or [{}])
@@ -100,7 +104,7 @@ def _check_items(
                 option="items",
                 index=number,
             )
-        for key in (("name", spec.name), ("vmid", spec.vmid)):
+        for key in (("name", spec.name), ("vmid", spec.vmid), ("workspace", spec.workspace)):
             if key[1] is not None and key in first_use:
                 raise InvalidInput(
                     f"{where}: {key[0]} {key[1]!r} is also that of items[{first_use[key]}]. Give each item one of its "
@@ -122,12 +126,15 @@ def _check_items(
 
 
 def _find_sandbox(context: Context, spec: Spec) -> Sandbox | None:
-    """Return the live sandbox of the spec; None also where VMID and name belong to different sandboxes."""
+    """Return the live sandbox of the spec; None also if VMID and name belong to different sandboxes.
+
+    An unreadable record gives None too. The creation itself then fails with the cause.
+    """
     from ._core.sandboxes import create
 
     try:
         return create.find_existing(context, spec)
-    except InvalidInput:
+    except AgentlabError:
         return None
 
 
@@ -147,14 +154,12 @@ def _make_failure(context: Context, spec: Spec, before: Sandbox | None, error: A
 
     An interrupted or failed creation leaves a record. The outcome shows that record, because its VM may exist.
     """
-    sandbox = None
-    with contextlib.suppress(AgentlabError):
-        sandbox = _find_sandbox(context, spec)
+    sandbox = _find_sandbox(context, spec)
     upid = error.detail.get("upid") or (error.detail.get("cause") or {}).get("upid")
     placement = error.detail.get("placement")
     return Outcome(
         "failed",
-        vmid=sandbox.vmid if sandbox else spec.vmid or error.detail.get("vmid"),
+        vmid=sandbox.vmid if sandbox else spec.vmid,
         uuid=sandbox.uuid if sandbox else None,
         name=sandbox.name if sandbox else spec.name,
         previous_state=before.state if before else None,

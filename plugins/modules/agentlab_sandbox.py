@@ -222,9 +222,9 @@ options:
       - Sandboxes to create in parallel, with O(state=present). Each item has a O(items[].name) or a O(items[].vmid),
         and any options of a creation. Options that the item does not set are taken from the task, also if the item has
         a O(items[].profile), because an option of the task wins over a profile.
-      - The module checks all items before it changes anything. It refuses two items for the same sandbox. Then each
-        sandbox has its own outcome, and a failed creation stops no other. The next run of the task creates the missing
-        sandboxes.
+      - The module checks all items before it changes anything. It refuses two items for the same sandbox or with
+        the same workspace. Then each sandbox has its own outcome, and a failed creation stops no other. The next run
+        of the task creates the missing sandboxes.
       - No sandbox gets a VMID that another item asks for.
     type: list
     elements: dict
@@ -465,8 +465,12 @@ results:
   type: list
   elements: dict
   contains:
-    vmid: {description: The VMID., type: int, returned: always}
-    uuid: {description: The sandbox's own UUID., type: str, returned: always}
+    vmid:
+      description: The VMID; null if a creation without a VMID left no sandbox.
+      type: int
+      returned: always
+    uuid: {description: The sandbox's own UUID; null if there is no sandbox., type: str, returned: always}
+    name: {description: The name., type: str, returned: always}
     outcome:
       description:
         - One word, such as V(created), V(destroyed), V(unchanged), V(not_found), V(kept) or V(failed).
@@ -475,12 +479,19 @@ results:
       type: str
       returned: always
     previous_state: {description: The state of the sandbox before the task., type: str, returned: always}
-    state: {description: The state of the sandbox after the task., type: str, returned: always}
+    state:
+      description: The state of the sandbox after the task; null if there is no sandbox.
+      type: str
+      returned: always
     reason: {description: 'The reason for the outcome, in one word.', type: str, returned: always}
     message: {description: 'The reason and what to do, as a sentence.', type: str, returned: always}
     after: {description: New values of an existing sandbox., type: dict, returned: when values were changed}
     before: {description: Their values before the task., type: dict, returned: when values were changed}
     upids: {description: Task ids of Proxmox VE., type: list, elements: str, returned: always}
+    changed: {description: Whether the task changed this sandbox., type: bool, returned: always}
+    failed: {description: Whether the task failed for this sandbox., type: bool, returned: always}
+    remedy: {description: 'The next step, in one word.', type: str, returned: when the message names one}
+    warnings: {description: Warnings about this sandbox., type: list, elements: str, returned: when there are any}
     placement:
       description:
         - The choice of the node - C(node), C(strategy), C(by) (the compared value, C(memory) or C(sandboxes)), and the

@@ -176,6 +176,26 @@ def test_two_items_for_one_sandbox_are_refused(story: Callable[..., Any]) -> Non
     )
 
 
+def test_a_workspace_for_several_sandboxes_is_refused(story: Callable[..., Any]) -> None:
+    items = [{"name": "a1", "workspace": "w1"}, {"name": "a2", "workspace": "w1"}]
+    run = story(
+        [
+            task("workspace", "agentlab_workspace", name="w1", size="4G", storage="local-lvm"),
+            task("check", SANDBOX, items=items, check=True, fails=True),
+            task("create", SANDBOX, items=items, fails=True),
+            task("of the task", SANDBOX, items=[{"name": "a1"}, {"name": "a2"}], workspace="w1", fails=True),
+            task("vmids", SANDBOX, vmids=[1000, 1001], workspace="w1", fails=True),
+            task("first", SANDBOX, name="a1", workspace="w1"),
+            task("second", SANDBOX, items=items[1:], fails=True),
+        ]
+    )
+    message = "items[1] (a2): workspace 'w1' is also that of items[0]. Give each item one of its own"
+    assert [run[title]["msg"] for title in ("check", "create", "of the task")] == [message] * 3
+    assert run["vmids"]["msg"].startswith("workspace: is attached to one sandbox at a time. Give one VMID")
+    # The error names the sandbox that has the workspace. The VMID of the failed item is not that of this sandbox.
+    assert "ATTACHED to sandbox 1000 (a1)" in run["second"]["msg"] and run["second"]["results"][0]["vmid"] is None
+
+
 def test_a_failed_item_shows_the_record_that_is_left_and_so_does_a_single_creation(
     story: Callable[..., Any], server: Server
 ) -> None:
