@@ -12,7 +12,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from . import _adapter
 from ._core.context import Context, make_failure
-from ._core.errors import AgentlabError, InvalidInput, Kept, NotFound
+from ._core.errors import AgentlabError, Busy, InvalidInput, Kept, NotFound
 from ._core.model import Outcome, Sandbox
 
 if TYPE_CHECKING:
@@ -167,6 +167,10 @@ def _make_failure(context: Context, spec: Spec, before: Sandbox | None, error: A
         reason=error.reason if isinstance(error, Kept) else error.code,
         message=error.message,
         remedy=error.remedy,
+        # Busy: the record is the work of another run.
+        changed=sandbox is not None
+        and not isinstance(error, Busy)
+        and (before is None or before.state != sandbox.state),
         failed=True,
         upids=[upid] if upid else [],
         sandbox=sandbox,

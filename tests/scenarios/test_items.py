@@ -213,10 +213,12 @@ def test_a_failed_item_shows_the_record_that_is_left_and_so_does_a_single_creati
     for title, row in (("items", run["items"]["results"][1]), ("single", run["single"]["results"][0])):
         assert row["outcome"] == "failed" and row["reason"] == "proxmox_task_timeout"
         assert row["state"] == "PROVISIONING" and row["previous_state"] is None and row["uuid"]
+        assert row["changed"] and run.result(title)["changed"] and run.status(title) == "failed"
         assert len(row["upids"]) == 1 and "qmclone" in row["upids"][0]
         assert run[title]["sandboxes"][-1]["vmid"] == row["vmid"] and run[title]["failed_count"] == 1
     assert run["single"]["sandbox"]["name"] == "a3" and run["single"]["error"]["code"] == "proxmox_task_timeout"
-    assert run["items again"]["results"][1]["previous_state"] == "PROVISIONING"
+    again = run["items again"]["results"][1]
+    assert again["previous_state"] == again["state"] == "PROVISIONING" and not again["changed"]
 
 
 def test_an_update_that_is_refused_changes_no_setting_of_the_record(story: Callable[..., Any]) -> None:
