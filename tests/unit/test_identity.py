@@ -6,10 +6,14 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from typing import Any
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
+
+from tests.support.pages import ROOT
 
 OURS, OTHER = "0b54ae1c-0d4e-4d8c-9f34-111111111111", "0b54ae1c-0d4e-4d8c-9f34-222222222222"
 SMBIOS, STRANGE = "aaaaaaaa-0d4e-4d8c-9f34-333333333333", "bbbbbbbb-0d4e-4d8c-9f34-444444444444"
@@ -137,3 +141,30 @@ def test_the_judge_takes_markers_with_and_without_a_database() -> None:
 def test_a_vm_is_another_databases_only_if_each_marker_says_so(description: str, others: set[str]) -> None:
     assert identity.read_other_databases({"description": description}, "a" * 32) == others
     assert identity.read_other_databases({"description": description}, None) == set()
+
+
+def test_the_page_on_safety_has_the_table_of_the_judge() -> None:
+    """Exactly one row of docs/safety.md fits each combination of marker, SMBIOS UUID and lock, and says the verdict."""
+    page = (ROOT / "docs/safety.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- verdicts -->")[2].partition("<!-- /verdicts -->")[0]
+    rows = re.findall(r"^\| ([A-Z]+) \| (.+) \| (.+) \| (.+) \|$", table, re.M)
+    markers = {"ours alone": MINE, "several": MINE + "\n" + THEIRS, "other": THEIRS, "missing": None}
+    uuids = {
+        "as in the record": (SMBIOS, SMBIOS),
+        "not as in the record": (SMBIOS, STRANGE),
+        "none in the record": (None, STRANGE),
+    }
+    locks = {"yes": ("clone", "create"), "no": (None, "backup")}
+    for marker, uuid, lock in itertools.product(markers, uuids, locks):
+        verdicts = [
+            verdict
+            for verdict, row_markers, row_uuid, row_locks in rows
+            if (row_markers == "any" or marker in re.split(r", | or ", row_markers))
+            and uuid == row_uuid
+            and lock in row_locks.split(" or ")
+        ]
+        known, present = uuids[uuid]
+        judged = [
+            identity.judge(OURS, known, config(markers[marker], present, lock=value)).identity for value in locks[lock]
+        ]
+        assert verdicts * 2 == judged, (marker, uuid, lock)

@@ -113,16 +113,15 @@ def judge(uuid: str, known_smbios: str | None, config: dict[str, Any]) -> Verdic
 
     ``uuid`` is the sandbox's UUID, ``known_smbios`` the SMBIOS UUID in its record, None before the VM is bound.
 
-    | verdict | marker in the description | SMBIOS UUID | action of the caller |
-    |---|---|---|---|
-    | MATCH | ours alone | as in the record | act on the VM |
-    | UNBOUND | ours alone | not in the record yet | bind the VM, if our own clone task ended well |
-    | UNKNOWN | not ours, or ours before binding | any, while a clone or restore runs | leave the VM, look again |
-    | AMBIGUOUS | missing, another, or several | as in the record | leave the VM, report it |
-    | AMBIGUOUS | ours, alone or among several | not as in the record | leave the VM, report it |
-    | FOREIGN | missing or another | not as in the record | leave the VM; our own VM is gone |
+    | verdict | action of the caller |
+    |---|---|
+    | MATCH | act on the VM |
+    | UNBOUND | bind the VM, if our own clone task ended well; else treat it as AMBIGUOUS |
+    | UNKNOWN | leave the VM and look again: a clone or a restore is not finished |
+    | AMBIGUOUS | leave the VM, report it |
+    | FOREIGN | leave the VM; our own VM is gone |
 
-    docs/safety.md has the same table for operators.
+    docs/safety.md, "What each verdict means", has the table of marker, SMBIOS UUID and lock behind each verdict.
     """
     found_markers, found_smbios = read_markers(config), read_smbios_uuid(config)
     ours = found_markers == {uuid}
