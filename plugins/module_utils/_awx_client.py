@@ -33,7 +33,7 @@ class Refused(AwxError):
         self.answer = answer
 
 
-def words_of(answer: Any) -> str:
+def format_answer(answer: Any) -> str:
     """Return the answer of AWX as a text of one line, for a message."""
     text = answer if isinstance(answer, str) else str(answer)
     if re.match(r"\s*<", text):
@@ -80,7 +80,7 @@ class Client:
         self.validate_certs = validate_certs
         self.timeout = timeout
 
-    def _url(self, path: str, query: dict[str, Any] | None) -> str:
+    def _build_url(self, path: str, query: dict[str, Any] | None) -> str:
         # The path of a next page comes from AWX and begins at the root of the host.
         if path.startswith("/"):
             parts = urlsplit(self.host)
@@ -90,11 +90,11 @@ class Client:
         return f"{url}?{urlencode(query)}" if query else url
 
     def send(self, method: str, path: str, body: Any = None, query: dict[str, Any] | None = None) -> tuple[int, Any]:
-        """Send one request; return the status and the answer: parsed JSON, else its text.
+        """Send one request; return the status and the answer: parsed JSON, otherwise its text.
 
-        Raise AwxError without one.
+        Raises AwxError without an answer, and for a redirect.
         """
-        url = self._url(path, query)
+        url = self._build_url(path, query)
         headers = dict(self._headers)
         data = None
         if body is not None:
@@ -127,7 +127,7 @@ class Client:
                 ) from error
         except (URLError, OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", None) or error
-            raise AwxError(f"AWX at {self.host} cannot be reached: {reason}{_advice(str(reason))}") from error
+            raise AwxError(f"AWX at {self.host} cannot be reached: {reason}{_advise_on_reason(str(reason))}") from error
         text = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
         if not text.strip():
             return status, None
@@ -137,7 +137,7 @@ class Client:
             return status, text
 
     def get(self, path: str, **query: Any) -> Any:
-        """Return the answer to a read. A read is repeated while AWX restarts. Raise Refused for every error of AWX."""
+        """Return the answer to a read, which is repeated while AWX restarts. Raises Refused for every error of AWX."""
         for attempt in range(READ_ATTEMPTS):
             status, answer = self.send("GET", path, query=query)
             if status not in RETRIED_STATUSES or attempt == READ_ATTEMPTS - 1:
@@ -146,27 +146,28 @@ class Client:
         kind = path.strip("/").removeprefix(self.api_path.strip("/")).strip("/").split("/")[0]
         if status != 200:
             raise Refused(
-                f"AWX at {self.host} answers {status} for {kind}: {words_of(answer)}{self._advice(status)}",
+                f"AWX at {self.host} answers {status} for {kind}: {format_answer(answer)}"
+                f"{self._advise_on_status(status)}",
                 status,
                 answer,
             )
         return answer
 
-    def _advice(self, status: int) -> str:
+    def _advise_on_status(self, status: int) -> str:
         if status == 401:
             return ". Check CONTROLLER_OAUTH_TOKEN (or CONTROLLER_USERNAME and CONTROLLER_PASSWORD)"
         if status == 404:
             return f". The API is looked for under {self.api_path}; awx_api_path names another path"
         return ""
 
-    def rows(self, path: str, **query: Any) -> list[dict[str, Any]]:
+    def list_rows(self, path: str, **query: Any) -> list[dict[str, Any]]:
         """Return all rows of a list, from all of its pages."""
         rows: list[dict[str, Any]] = []
         answer = self.get(path, **query)
         while True:
             if not isinstance(answer, dict) or "results" not in answer:
                 raise AwxError(
-                    f"AWX at {self.host} answers {words_of(answer)} for {path}, which is no list of AWX. "
+                    f"AWX at {self.host} answers {format_answer(answer)} for {path}, which is no list of AWX. "
                     f"Check awx_host and awx_api_path ({self.api_path})."
                 )
             rows += answer["results"]
@@ -175,14 +176,14 @@ class Client:
             answer = self.get(answer["next"])
 
     def write(self, method: str, path: str, body: Any = None) -> Any:
-        """Send a request that changes something; return the answer. Raise Refused with AWX's words."""
+        """Send a request that changes something; return the answer. Raises Refused with AWX's text."""
         status, answer = self.send(method, path, body)
         if status not in (200, 201, 202, 204):
-            raise Refused(words_of(answer), status, answer)
+            raise Refused(format_answer(answer), status, answer)
         return answer
 
 
-def _advice(reason: str) -> str:
+def _advise_on_reason(reason: str) -> str:
     if "CERTIFICATE_VERIFY_FAILED" in reason or "certificate" in reason.lower():
         return (
             ". Its certificate is not trusted here: add its CA to this machine (or set SSL_CERT_FILE), "

@@ -33,7 +33,7 @@ URL_LIMIT = 1024
 BRANCH_LIMIT = 256
 NUMBER_LIMIT = 2**31 - 1
 
-NAMES = {
+KINDS = {
     "projects": "project",
     "credential_types": "credential type",
     "credentials": "credential",
@@ -58,7 +58,7 @@ class Later:
 Id = Union[int, Later]  # noqa: UP007 - ansible-test reads this as older Python
 
 
-def known(value: Any) -> Any:
+def resolve_id(value: Any) -> Any:
     """Return the id behind ``value`` when it is a Later whose object exists by now, else ``value`` itself."""
     return value.id if isinstance(value, Later) and value.id is not None else value
 
@@ -123,28 +123,28 @@ class DesiredObjects:
     credential_inputs: dict[str, Any]
     templates: list[dict[str, Any]]
 
-    def prefixed(self, name: str) -> str:
+    def add_prefix(self, name: str) -> str:
         """Return the name of an object with the prefix. AWX drops blanks around a name, but not in a search for it."""
         return f"{self.prefix}{name}".strip()
 
     @property
     def credential_name(self) -> str:
-        return self.prefixed("Proxmox VE API")
+        return self.add_prefix("Proxmox VE API")
 
-    def template_name(self, template: dict[str, Any]) -> str:
-        return self.prefixed(template["name"])
+    def name_template(self, template: dict[str, Any]) -> str:
+        return self.add_prefix(template["name"])
 
     @property
     def playbooks(self) -> list[str]:
         return sorted({template["playbook"] for template in self.templates})
 
 
-def described(text: str) -> str:
+def make_description(text: str) -> str:
     """Return the description of an object: what it is, who made it and how to change it."""
     return f"{text}. {MARK}: run that playbook again to change it; what is changed here is changed back."
 
 
-def made_here(row: dict[str, Any], text: str = "") -> bool:
+def has_our_mark(row: dict[str, Any], text: str = "") -> bool:
     """Return whether the set-up made the object: by its mark, or by ``text``, its description in release 1.0.
 
     People leave descriptions empty, so an empty one proves nothing.
@@ -158,11 +158,11 @@ def hide_login(text: str) -> str:
     return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 
-def same(key: str, actual: Any, desired: Any) -> bool:
+def is_same_value(key: str, actual: Any, desired: Any) -> bool:
     """Return whether AWX's value of a field is the wanted one."""
-    if isinstance(known(desired), Later):
+    if isinstance(resolve_id(desired), Later):
         return False
-    desired = known(desired)
+    desired = resolve_id(desired)
     if key == "extra_vars":
         try:
             return json.loads(actual or "{}") == json.loads(desired or "{}")
@@ -174,7 +174,7 @@ def same(key: str, actual: Any, desired: Any) -> bool:
     return bool(actual == desired)
 
 
-def advice(kind: str, refused: Refused) -> str:
+def advise_on_refusal(kind: str, refused: Refused) -> str:
     """Return what to do about a refusal of AWX, as the end of a message."""
     if "still processing events" in str(refused):
         return ". That job has just ended: run this again in a minute"

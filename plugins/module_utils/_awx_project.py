@@ -9,16 +9,16 @@ import re
 import time
 from typing import Any
 
-from ansible_collections.agentlab.proxmox.plugins.module_utils._awx_client import AwxError, words_of
+from ansible_collections.agentlab.proxmox.plugins.module_utils._awx_client import AwxError, format_answer
 from ansible_collections.agentlab.proxmox.plugins.module_utils._awx_plan import (
     ACTIVE,
     OUTPUT_READS,
     POLL_SECONDS,
     PROJECT_TEXT,
     Id,
-    described,
     hide_login,
-    known,
+    make_description,
+    resolve_id,
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._awx_planner import Planner
 
@@ -26,21 +26,22 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._awx_planner impo
 class ProjectPlanner(Planner):
     """Plan the project that brings the playbooks."""
 
-    def _project(self) -> Id | None:
+    def _plan_project(self) -> Id | None:
+        """Plan the project and its sync; return its id, or None after noting a problem."""
         desired = self.desired
         if not desired.project_scm_url:
-            row = self.only(
+            row = self.find_only(
                 "projects", desired.project, "awx_project (or give awx_project_scm_url)", organization=self.organization
             )
             if row is None:
                 return None
-            self._sync(int(row["id"]), row, changed=False)
+            self._plan_sync(int(row["id"]), row, changed=False)
             return int(row["id"])
         row = self.find("projects", desired.project, organization=self.organization)
         text = PROJECT_TEXT
         body = {
             "name": desired.project,
-            "description": described(text),
+            "description": make_description(text),
             "organization": self.organization,
             "scm_type": "git",
             "scm_url": desired.project_scm_url,
@@ -51,37 +52,37 @@ class ProjectPlanner(Planner):
         before = len(self.plan.steps)
         number = self.ensure("projects", body, text, row, shown={"scm_url": hide_login(desired.project_scm_url)})
         # AWX starts a sync by itself whenever a project is created or changed.
-        self._sync(number, row, changed=len(self.plan.steps) > before)
+        self._plan_sync(number, row, changed=len(self.plan.steps) > before)
         return number
 
-    def _sync(self, number: Id, row: dict[str, Any] | None, changed: bool) -> None:
-        """Plan that the project is synced and has our playbooks: templates cannot be made before."""
+    def _plan_sync(self, number: Id, row: dict[str, Any] | None, changed: bool) -> None:
+        """Plan that the project is synced and has our playbooks: AWX refuses templates before that."""
         name = self.desired.project
         if row is None or changed:
-            self.add("synced", "project", name, lambda: self.wait_for_project(number), changes=False)
+            self.add_step("synced", "project", name, lambda: self.wait_for_project(number), changes=False)
             return
         if row.get("status") in ACTIVE:
-            self.add("synced", "project", name, lambda: self.wait_for_project(number), changes=False)
+            self.add_step("synced", "project", name, lambda: self.wait_for_project(number), changes=False)
             return
-        missing = self._missing_playbooks(int(row["id"]))
+        missing = self._list_missing_playbooks(int(row["id"]))
         if row.get("status") in ("successful", "ok") and not missing:
             return
         if not row.get("scm_type"):
             if missing:
-                self.plan.problems.append(self._lacks_playbooks(missing))
+                self.plan.problems.append(self._explain_missing_playbooks(missing))
             return
 
         def sync() -> None:
-            self.write("POST", f"projects/{known(number)}/update/", "project", name, {})
+            self.send_change("POST", f"projects/{resolve_id(number)}/update/", "project", name, {})
             self.wait_for_project(number)
 
-        self.add("synced", "project", name, sync)
+        self.add_step("synced", "project", name, sync)
 
-    def _missing_playbooks(self, number: int) -> list[str]:
+    def _list_missing_playbooks(self, number: int) -> list[str]:
         answer = self.client.get(f"projects/{number}/playbooks/")
         return [name for name in self.desired.playbooks if name not in (answer if isinstance(answer, list) else [])]
 
-    def _lacks_playbooks(self, missing: list[str]) -> str:
+    def _explain_missing_playbooks(self, missing: list[str]) -> str:
         return (
             f"project {self.desired.project}: the sync was successful, but {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not at the top of the repository. Put the contents of the "
@@ -89,8 +90,8 @@ class ProjectPlanner(Planner):
         )
 
     def wait_for_project(self, number: Id) -> None:
-        """Wait until the sync has ended. Raise AwxError with its reason when it failed, or lacks our playbooks."""
-        name, number = self.desired.project, int(known(number))
+        """Wait until the sync has ended. Raises AwxError with the reason if it failed, or lacks our playbooks."""
+        name, number = self.desired.project, int(resolve_id(number))
         end = time.monotonic() + self.desired.project_timeout
         while True:
             row = self.client.get(f"projects/{number}/")
@@ -106,14 +107,14 @@ class ProjectPlanner(Planner):
             time.sleep(POLL_SECONDS)
         if row.get("status") not in ("successful", "ok"):
             raise AwxError(
-                f"project {name}: its sync ended as {row.get('status')}: {self._sync_failure(row)}. Check "
+                f"project {name}: its sync ended as {row.get('status')}: {self._read_sync_failure(row)}. Check "
                 "awx_project_scm_url and awx_project_scm_branch, and whether AWX reaches that server"
             )
-        missing = self._missing_playbooks(number)
+        missing = self._list_missing_playbooks(number)
         if missing:
-            raise AwxError(self._lacks_playbooks(missing))
+            raise AwxError(self._explain_missing_playbooks(missing))
 
-    def _sync_failure(self, row: dict[str, Any]) -> str:
+    def _read_sync_failure(self, row: dict[str, Any]) -> str:
         """Return why the last sync failed, from its output; the login in an address is left out."""
         summary = row.get("summary_fields") or {}
         update = (summary.get("last_update") or summary.get("last_job") or {}).get("id")
@@ -136,4 +137,4 @@ class ProjectPlanner(Planner):
             if fatal or (reason and job.get("event_processing_finished")):
                 break
             time.sleep(POLL_SECONDS)
-        return hide_login(words_of(reason or "AWX says no reason"))
+        return hide_login(format_answer(reason or "AWX says no reason"))

@@ -21,11 +21,11 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._awx_plan import 
     Id,
     Later,
     Plan,
-    described,
+    has_our_mark,
     hide_login,
-    known,
-    made_here,
-    same,
+    is_same_value,
+    make_description,
+    resolve_id,
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._awx_project import ProjectPlanner
 
@@ -34,19 +34,20 @@ class SetUp(ProjectPlanner):
     """Plan what the set-up makes and changes."""
 
     def set_up(self) -> Plan:
+        """Plan all objects of the set-up, in the order in which AWX needs them."""
         desired = self.desired
         self._check_options()
-        organization = self.only("organizations", desired.organization, "awx_organization")
+        organization = self.find_only("organizations", desired.organization, "awx_organization")
         if organization is None:
             return self.plan
         self.organization = int(organization["id"])
-        inventory = self.only("inventories", desired.inventory, "awx_inventory", organization=self.organization)
+        inventory = self.find_only("inventories", desired.inventory, "awx_inventory", organization=self.organization)
         if inventory:
             self._check_hosts(inventory)
-        environment = self._execution_environment()
+        environment = self._find_execution_environment()
         machine = None
         if desired.machine_credential:
-            machine = self.only(
+            machine = self.find_only(
                 "credentials",
                 desired.machine_credential,
                 "awx_machine_credential",
@@ -55,18 +56,18 @@ class SetUp(ProjectPlanner):
             )
         notification = None
         if desired.notification:
-            notification = self.only(
+            notification = self.find_only(
                 "notification_templates", desired.notification, "awx_notification", organization=self.organization
             )
         self._check_galaxy()
         if self.plan.problems:
             return self.plan
-        credential = self._credential() if desired.credential_inputs else None
-        project = self._project()
+        credential = self._plan_credential() if desired.credential_inputs else None
+        project = self._plan_project()
         if self.plan.problems or project is None or inventory is None:
             return self.plan
         for template in desired.templates:
-            self._template(template, project, inventory, environment, machine, credential, notification)
+            self._plan_template(template, project, inventory, environment, machine, credential, notification)
         return self.plan
 
     def _check_options(self) -> None:
@@ -77,9 +78,9 @@ class SetUp(ProjectPlanner):
             names.append(("awx_credential_type_name", desired.credential_type["name"]))
         prefixed = [desired.credential_name]
         for template in desired.templates:
-            prefixed.append(desired.template_name(template))
+            prefixed.append(desired.name_template(template))
             if template.get("schedule"):
-                prefixed.append(desired.prefixed(template["schedule"]["name"]))
+                prefixed.append(desired.add_prefix(template["schedule"]["name"]))
         names.append(("awx_prefix", max(prefixed, key=len)))
         limited = [(option, text, NAME_LIMIT) for option, text in names]
         limited += [
@@ -110,7 +111,7 @@ class SetUp(ProjectPlanner):
                 "its password)"
             )
 
-    def _execution_environment(self) -> int | None:
+    def _find_execution_environment(self) -> int | None:
         name = self.desired.execution_environment
         if not name:
             return None
@@ -120,8 +121,8 @@ class SetUp(ProjectPlanner):
             return int(row["id"])
         if row:
             self.plan.problems.append(
-                f"execution environment {name}: {self._owners([row])}; name one of {self.desired.organization} "
-                "with awx_execution_environment"
+                f"execution environment {name}: {self._describe_owners([row])}; name one of "
+                f"{self.desired.organization} with awx_execution_environment"
             )
         else:
             self.plan.problems.append(
@@ -135,11 +136,11 @@ class SetUp(ProjectPlanner):
         if hosts in ("all", "localhost") or not re.fullmatch(r"[\w.-]+", hosts):
             return
         dynamic = bool(inventory.get("has_inventory_sources")) or bool(inventory.get("kind"))
-        groups = self.client.rows(f"inventories/{number}/groups/", name=hosts)
+        groups = self.client.list_rows(f"inventories/{number}/groups/", name=hosts)
         if groups:
-            count = len(self.client.rows(f"groups/{groups[0]['id']}/all_hosts/"))
+            count = len(self.client.list_rows(f"groups/{groups[0]['id']}/all_hosts/"))
         else:
-            count = len(self.client.rows(f"inventories/{number}/hosts/", name=hosts))
+            count = len(self.client.list_rows(f"inventories/{number}/hosts/", name=hosts))
         if count == 0 and dynamic:
             self.plan.notes.append(
                 f"the inventory {inventory['name']} has no host for {hosts} yet; jobs fail until its source has "
@@ -161,7 +162,7 @@ class SetUp(ProjectPlanner):
         if not self.desired.galaxy_check:
             return
         try:
-            rows = self.client.rows(f"organizations/{self.organization}/galaxy_credentials/")
+            rows = self.client.list_rows(f"organizations/{self.organization}/galaxy_credentials/")
         except Refused as refused:
             # Not every user may read them.
             if refused.status in (403, 404):
@@ -174,9 +175,9 @@ class SetUp(ProjectPlanner):
                 "to false if the collection is in the execution environment or in the project"
             )
 
-    def _credential(self) -> Id | None:
-        kind_row = self._credential_type_row()
-        kind_id = self._credential_type(kind_row)
+    def _plan_credential(self) -> Id | None:
+        kind_row = self._find_credential_type()
+        kind_id = self._plan_credential_type(kind_row)
         inputs = {key: value for key, value in self.desired.credential_inputs.items() if value not in (None, "")}
         secrets = {item["id"] for item in self.desired.credential_type["inputs"]["fields"] if item.get("secret")}
         name = self.desired.credential_name
@@ -187,7 +188,7 @@ class SetUp(ProjectPlanner):
         self._check_secrets(row, inputs)
         body = {
             "name": name,
-            "description": described(text),
+            "description": make_description(text),
             "organization": self.organization,
             "credential_type": kind_id,
             "inputs": inputs,
@@ -216,11 +217,11 @@ class SetUp(ProjectPlanner):
         number = int(row["id"])
         if self.desired.update_secrets and kept_secrets and not differs:
             # The fields that can be seen are alike; the secret is written all the same.
-            self.add(
+            self.add_step(
                 "changed",
                 "credential",
                 name,
-                lambda: self.write("PATCH", f"credentials/{number}/", "credential", name, {"inputs": merged}),
+                lambda: self.send_change("PATCH", f"credentials/{number}/", "credential", name, {"inputs": merged}),
                 ["inputs"],
             )
             body["inputs"] = present
@@ -245,10 +246,10 @@ class SetUp(ProjectPlanner):
                     f"{login} has another secret. Set {where}"
                 )
 
-    def _credential_type(self, row: dict[str, Any] | None) -> Id:
+    def _plan_credential_type(self, row: dict[str, Any] | None) -> Id:
         body = dict(self.desired.credential_type)
         text, name = body["description"], body["name"]
-        body["description"] = described(text)
+        body["description"] = make_description(text)
         if row is None:
             if self._lacks_system_rights():
                 self.plan.problems.append(
@@ -257,7 +258,7 @@ class SetUp(ProjectPlanner):
                 )
             return self.ensure("credential_types", body, text, None)
         if row.get("inputs") != body["inputs"]:
-            users = self.client.rows("credentials/", credential_type=row["id"])
+            users = self.client.list_rows("credentials/", credential_type=row["id"])
             if users:
                 present_fields = {item["id"] for item in (row.get("inputs") or {}).get("fields", [])}
                 missing = [item["id"] for item in body["inputs"]["fields"] if item["id"] not in present_fields]
@@ -269,7 +270,7 @@ class SetUp(ProjectPlanner):
                     "credential of it, and the old one can be deleted"
                 )
                 return int(row["id"])
-        differing = [key for key, value in body.items() if not same(key, row.get(key), value)]
+        differing = [key for key, value in body.items() if not is_same_value(key, row.get(key), value)]
         if differing and self._lacks_system_rights():
             self.plan.notes.append(
                 f"credential type {name}: {', '.join(differing)} would be changed, which only a system administrator "
@@ -278,7 +279,7 @@ class SetUp(ProjectPlanner):
             return int(row["id"])
         return self.ensure("credential_types", body, text, row)
 
-    def _template(
+    def _plan_template(
         self,
         template: dict[str, Any],
         project: Id,
@@ -288,14 +289,14 @@ class SetUp(ProjectPlanner):
         credential: Id | None,
         notification: dict[str, Any] | None,
     ) -> None:
-        name = self.desired.template_name(template)
+        name = self.desired.name_template(template)
         survey = template.get("survey") or []
         extra_vars = {"agentlab_hosts": self.desired.hosts, **(template.get("extra_vars") or {})}
         if self.desired.allow_many_hosts:
             extra_vars["agentlab_allow_many_hosts"] = True
         body = {
             "name": name,
-            "description": described(template["description"]),
+            "description": make_description(template["description"]),
             "job_type": template.get("job_type") or "run",
             "project": project,
             "inventory": int(inventory["id"]),
@@ -309,22 +310,24 @@ class SetUp(ProjectPlanner):
         row = self.find("job_templates", name, organization=self.organization)
         # A template on another project is somebody else's, whatever its description says. One without a project has
         # lost it: AWX keeps the templates of a project that is deleted.
-        ours = row is None or (made_here(row, template["description"]) and row.get("project") in (None, known(project)))
+        ours = row is None or (
+            has_our_mark(row, template["description"]) and row.get("project") in (None, resolve_id(project))
+        )
         number = self.ensure("job_templates", body, template["description"], row, ours=ours)
-        self._survey(number, name, survey)
+        self._plan_survey(number, name, survey)
         wanted_credentials: list[tuple[str, Id, Any]] = []
         if machine:
             wanted_credentials.append((machine["name"], int(machine["id"]), machine["credential_type"]))
         if credential is not None:
             wanted_credentials.append((self.desired.credential_name, credential, None))
-        self._credentials(number, name, wanted_credentials)
-        self._label(number, name)
+        self._plan_attached_credentials(number, name, wanted_credentials)
+        self._plan_label(number, name)
         if notification:
-            self._notification(number, name, notification)
+            self._plan_notification(number, name, notification)
         if "schedule" in template:
-            self._schedule(number, name, template["schedule"])
+            self._plan_schedule(number, name, template["schedule"])
 
-    def _survey(self, number: Id, name: str, spec: list[dict[str, Any]]) -> None:
+    def _plan_survey(self, number: Id, name: str, spec: list[dict[str, Any]]) -> None:
         if not spec:
             return
         present: Any = {}
@@ -335,92 +338,96 @@ class SetUp(ProjectPlanner):
         body = {"name": "", "description": "", "spec": spec}
 
         def post() -> None:
-            self.write("POST", f"job_templates/{known(number)}/survey_spec/", "survey", name, body)
+            self.send_change("POST", f"job_templates/{resolve_id(number)}/survey_spec/", "survey", name, body)
 
         before = {"spec": present["spec"]} if present.get("spec") else {}
-        self.add("changed" if before else "created", "survey of", name, post, before=before, after={"spec": spec})
+        self.add_step("changed" if before else "created", "survey of", name, post, before=before, after={"spec": spec})
 
-    def _credentials(self, number: Id, name: str, attachments: list[tuple[str, Id, Any]]) -> None:
-        attached = [] if isinstance(number, Later) else self.client.rows(f"job_templates/{number}/credentials/")
+    def _plan_attached_credentials(self, number: Id, name: str, attachments: list[tuple[str, Id, Any]]) -> None:
+        attached = [] if isinstance(number, Later) else self.client.list_rows(f"job_templates/{number}/credentials/")
 
         def post(body: dict[str, Any]) -> None:
-            body = {key: known(value) for key, value in body.items()}
-            self.write("POST", f"job_templates/{known(number)}/credentials/", "credential", name, body)
+            body = {key: resolve_id(value) for key, value in body.items()}
+            self.send_change("POST", f"job_templates/{resolve_id(number)}/credentials/", "credential", name, body)
 
         for credential_name, credential, kind in attachments:
-            if known(credential) in [row["id"] for row in attached]:
+            if resolve_id(credential) in [row["id"] for row in attached]:
                 continue
             for row in attached:
                 # AWX allows one credential of a type. One of our name is of an earlier type, for the same variables.
                 if kind is None:
-                    in_the_way = row["name"] == credential_name or self._is_our_type(row)
+                    conflicts = row["name"] == credential_name or self._is_our_type(row)
                 else:
-                    in_the_way = row["credential_type"] == kind
-                if in_the_way:
-                    self.add(
+                    conflicts = row["credential_type"] == kind
+                if conflicts:
+                    self.add_step(
                         f"detached from {name}",
                         "credential",
                         row["name"],
                         lambda other=int(row["id"]): post({"id": other, "disassociate": True}),
                     )
-            self.add(f"attached to {name}", "credential", credential_name, lambda new=credential: post({"id": new}))
+            self.add_step(
+                f"attached to {name}", "credential", credential_name, lambda new=credential: post({"id": new})
+            )
 
     def _is_our_type(self, row: dict[str, Any]) -> bool:
         kind = (row.get("summary_fields") or {}).get("credential_type") or {}
         return bool(kind.get("name") == self.desired.credential_type["name"])
 
-    def _label(self, number: Id, name: str) -> None:
+    def _plan_label(self, number: Id, name: str) -> None:
         if not isinstance(number, Later):
-            rows = self.client.rows(f"job_templates/{number}/labels/", name=LABEL)
+            rows = self.client.list_rows(f"job_templates/{number}/labels/", name=LABEL)
             if rows:
                 return
-        self.add(
+        self.add_step(
             f"attached to {name}",
             "label",
             LABEL,
-            lambda: self.write(
+            lambda: self.send_change(
                 "POST",
-                f"job_templates/{known(number)}/labels/",
+                f"job_templates/{resolve_id(number)}/labels/",
                 "label",
                 name,
                 {"name": LABEL, "organization": self.organization},
             ),
         )
 
-    def _notification(self, number: Id, name: str, notification: dict[str, Any]) -> None:
+    def _plan_notification(self, number: Id, name: str, notification: dict[str, Any]) -> None:
         notification_id = int(notification["id"])
         path = "notification_templates_error"
         if not isinstance(number, Later):
-            attached = self.client.rows(f"job_templates/{number}/{path}/")
+            attached = self.client.list_rows(f"job_templates/{number}/{path}/")
             if notification_id in [row["id"] for row in attached]:
                 return
-        self.add(
+        self.add_step(
             f"attached to {name}",
             "notification",
             notification["name"],
-            lambda: self.write(
-                "POST", f"job_templates/{known(number)}/{path}/", "notification", name, {"id": notification_id}
+            lambda: self.send_change(
+                "POST", f"job_templates/{resolve_id(number)}/{path}/", "notification", name, {"id": notification_id}
             ),
         )
 
-    def _schedule(self, number: Id, template: str, schedule: dict[str, Any]) -> None:
-        name = self.desired.prefixed(schedule["name"])
+    def _plan_schedule(self, number: Id, template: str, schedule: dict[str, Any]) -> None:
+        name = self.desired.add_prefix(schedule["name"])
         row = None if isinstance(number, Later) else self.find("schedules", name, unified_job_template=number)
         if not schedule.get("rrule"):
-            if row and not made_here(row, schedule["description"]):
-                self.keep("schedule", row, "the set-up did not make it, so leaving the schedule out does not remove it")
+            if row and not has_our_mark(row, schedule["description"]):
+                self.note_kept(
+                    "schedule", row, "the set-up did not make it, so leaving the schedule out does not remove it"
+                )
             elif row:
                 schedule_id = int(row["id"])
-                self.add(
+                self.add_step(
                     "deleted",
                     "schedule",
                     name,
-                    lambda: self.write("DELETE", f"schedules/{schedule_id}/", "schedule", name),
+                    lambda: self.send_change("DELETE", f"schedules/{schedule_id}/", "schedule", name),
                 )
             return
         body = {
             "name": name,
-            "description": described(schedule["description"]),
+            "description": make_description(schedule["description"]),
             "rrule": " ".join(schedule["rrule"].split()),
             "enabled": True,
         }
@@ -430,6 +437,6 @@ class SetUp(ProjectPlanner):
             body,
             schedule["description"],
             row,
-            create_path=lambda: f"job_templates/{known(number)}/schedules/",
+            create_path=lambda: f"job_templates/{resolve_id(number)}/schedules/",
             keep=("enabled",),
         )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from support.awx import TOKEN, Awx
-from support.awx_setup import PROJECT_URL, PROXMOX, furnish
+from support.awx_setup import PROJECT_URL, PROXMOX, add_prerequisites
 from support.double import TOKEN_SECRET
 from support.play import Run, run_play
 
@@ -21,7 +21,7 @@ from support.play import Run, run_play
 @pytest.fixture
 def awx() -> Iterator[Awx]:
     double = Awx()
-    furnish(double, 1)
+    add_prerequisites(double, 1)
     yield double
     double.stop()
 

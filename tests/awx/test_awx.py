@@ -66,24 +66,24 @@ def test_every_playbook_as_awx_runs_it(runner: Runner, server: Any) -> None:
         ),
     ]
     assert {name for name, _variables in story} == set(PLAYBOOKS)
-    found: dict[tuple[str, bool], dict[str, Any]] = {}
+    outcomes: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, variables in story:
         for check in (True, False):
             status, results, output = runner.run(name, check=check, **variables, **who)
             assert status == 0 and "[WARNING]" not in output and "[DEPRECATION" not in output, (
                 f"{name} {check}\n{output}"
             )
-            found[name, check] = results[-1]["res"]
+            outcomes[name, check] = results[-1]["res"]
             if check and name in ("sandbox_create", "job"):
                 assert [vm.vmid for vm in server.pve.vms if not vm.template] == []
-    assert found["sandbox_create", True]["changed"] is found["sandbox_create", False]["changed"] is True
-    made = found["sandbox_create", False]["sandbox"]
-    assert made["tags"] == ["a", "b"] and made["ip"] and made["vmid"] == 1000
-    assert found["lease_renew", False]["results"][0]["granted_seconds"] == 240 * 60
-    assert found["sandbox_destroy", True]["changed"] is True
-    assert [one["outcome"] for one in found["sandbox_destroy", False]["results"]] == ["destroyed", "not_found"]
-    assert found["prune", False]["count"] == 0
-    assert found["job", True]["changed"] is True and found["job", False]["sandbox"]["state"] == "DESTROYED"
+    assert outcomes["sandbox_create", True]["changed"] is outcomes["sandbox_create", False]["changed"] is True
+    created = outcomes["sandbox_create", False]["sandbox"]
+    assert created["tags"] == ["a", "b"] and created["ip"] and created["vmid"] == 1000
+    assert outcomes["lease_renew", False]["results"][0]["granted_seconds"] == 240 * 60
+    assert outcomes["sandbox_destroy", True]["changed"] is True
+    assert [item["outcome"] for item in outcomes["sandbox_destroy", False]["results"]] == ["destroyed", "not_found"]
+    assert outcomes["prune", False]["count"] == 0
+    assert outcomes["job", True]["changed"] is True and outcomes["job", False]["sandbox"]["state"] == "DESTROYED"
     assert (runner.folder / "made-inside").read_text() == "done"
     assert [vm.vmid for vm in server.pve.vms if not vm.template] == []
     actors = sqlite3.connect(runner.env["AGENTLAB_DATABASE"]).execute("SELECT DISTINCT actor FROM events").fetchall()

@@ -79,8 +79,8 @@ class Api:
     def template(self, **body: Any) -> int:
         inventory = self.make("inventories", name=f"inventory {uuid.uuid4().hex}", organization=self.organization)
         project = body.pop("project", None) or self.project(name=f"project {uuid.uuid4().hex}")
-        given = {"name": "template", "project": project, "inventory": inventory, "playbook": "reconcile.yml", **body}
-        return self.make("job_templates", **given)
+        values = {"name": "template", "project": project, "inventory": inventory, "playbook": "reconcile.yml", **body}
+        return self.make("job_templates", **values)
 
     def survey(self, *questions: dict[str, Any]) -> dict[str, Any]:
         filled = [{"question_name": question["variable"], "required": False, **question} for question in questions]
@@ -149,17 +149,17 @@ def test_what_is_unique_by_what(api: Api) -> None:
     body = {key: row[key] for key in ("name", "project", "inventory", "playbook")}
     assert duplicate(api.refused("POST", "job_templates/", body)) == ("JobTemplate", {"organization", "name"})
     kind = api.kind(f"kind {api.suffix}")
-    told = api.refused("POST", "credential_types/", {"name": f"kind {api.suffix}", "kind": "cloud"})
-    assert told == {"__all__": ["Credential type with this Name and Kind already exists."]}
+    refusal = api.refused("POST", "credential_types/", {"name": f"kind {api.suffix}", "kind": "cloud"})
+    assert refusal == {"__all__": ["Credential type with this Name and Kind already exists."]}
     credential = {"name": "c", "organization": api.organization, "credential_type": kind, "inputs": {}}
     assert api.ask("POST", "credentials/", credential)[0] == 201
-    told = api.refused("POST", "credentials/", credential)
-    assert told == {"__all__": ["Credential with this Organization, Name and Credential type already exists."]}
+    refusal = api.refused("POST", "credentials/", credential)
+    assert refusal == {"__all__": ["Credential with this Organization, Name and Credential type already exists."]}
     assert api.ask("POST", "credentials/", {**credential, "organization": other})[0] == 201
     schedule = {"name": "s", "rrule": "DTSTART:20260101T000000Z RRULE:FREQ=DAILY;INTERVAL=1"}
     assert api.ask("POST", f"job_templates/{template}/schedules/", schedule)[0] == 201
-    told = api.refused("POST", f"job_templates/{template}/schedules/", schedule)
-    assert told == {"__all__": ["Schedule with this Unified job template and Name already exists."]}
+    refusal = api.refused("POST", f"job_templates/{template}/schedules/", schedule)
+    assert refusal == {"__all__": ["Schedule with this Unified job template and Name already exists."]}
     inventory = {"name": "i", "organization": api.organization}
     assert api.ask("POST", "inventories/", inventory)[0] == 201
     assert "already exists" in str(api.refused("POST", "inventories/", inventory))
@@ -172,8 +172,8 @@ def test_fields_that_are_ignored(api: Api) -> None:
     other = api.make("organizations", name=f"other {api.suffix}")
     status, row = api.ask("PATCH", f"job_templates/{template}/", {"organization": other})
     assert status == 200 and row["organization"] == api.organization
-    told = api.refused("PATCH", f"projects/{row['project']}/", {"organization": other})
-    assert told == {"organization": ["Organization cannot be changed when in use by job templates."]}
+    refusal = api.refused("PATCH", f"projects/{row['project']}/", {"organization": other})
+    assert refusal == {"organization": ["Organization cannot be changed when in use by job templates."]}
 
 
 def test_a_project_is_synced_when_it_is_made_or_changed(api: Api) -> None:
@@ -202,13 +202,13 @@ def test_what_a_template_needs(api: Api) -> None:
     assert (row["extra_vars"], row["forks"], row["verbosity"]) == ("", 0, 0)
     assert not any(value for key, value in row.items() if key.startswith("ask_"))
     body = {"name": "other", "project": row["project"], "inventory": row["inventory"], "playbook": "prune.yml"}
-    told = api.refused("POST", "job_templates/", {**body, "playbook": ""})
-    assert told == {"playbook": ["Must select playbook for project."]}
+    refusal = api.refused("POST", "job_templates/", {**body, "playbook": ""})
+    assert refusal == {"playbook": ["Must select playbook for project."]}
     without = {key: value for key, value in body.items() if key != "inventory"}
-    told = api.refused("POST", "job_templates/", without)
-    assert "You must either set a default value or ask to prompt on launch." in str(told)
-    told = api.refused("POST", "job_templates/", {**body, "inventory": 999999})
-    assert told == {"inventory": ['Invalid pk "999999" - object does not exist.']}
+    refusal = api.refused("POST", "job_templates/", without)
+    assert "You must either set a default value or ask to prompt on launch." in str(refusal)
+    refusal = api.refused("POST", "job_templates/", {**body, "inventory": 999999})
+    assert refusal == {"inventory": ['Invalid pk "999999" - object does not exist.']}
 
 
 def test_a_template_takes_one_credential_of_a_type(api: Api) -> None:
@@ -242,10 +242,10 @@ def test_secret_inputs_of_a_credential_are_shown_encrypted(api: Api) -> None:
     assert api.make("credentials", **{**body, "name": "missing inputs", "inputs": {}})
     status, row = api.ask("POST", "credentials/", {**body, "name": "empty secret", "inputs": {"f": "x", "s": ""}})
     assert status == 201 and row["inputs"] == {"f": "x"}
-    told = api.refused("POST", "credentials/", {**body, "name": "unknown", "inputs": {"nosuch": "x"}})
-    assert "Additional properties are not allowed" in str(told)
-    told = api.refused("POST", "credentials/", {"name": "nobody's", "credential_type": kind, "inputs": {}})
-    assert "Missing 'user', 'team', or 'organization'." in str(told)
+    refusal = api.refused("POST", "credentials/", {**body, "name": "unknown", "inputs": {"nosuch": "x"}})
+    assert "Additional properties are not allowed" in str(refusal)
+    refusal = api.refused("POST", "credentials/", {"name": "nobody's", "credential_type": kind, "inputs": {}})
+    assert "Missing 'user', 'team', or 'organization'." in str(refusal)
 
 
 def test_a_credential_type_is_checked_against_its_use(api: Api) -> None:
@@ -261,11 +261,11 @@ def test_a_credential_type_is_checked_against_its_use(api: Api) -> None:
     assert api.ask("PATCH", f"credential_types/{kind}/", more)[0] == 200
     credential = api.make("credentials", name="c", organization=api.organization, credential_type=kind, inputs={})
     less = {"inputs": {"fields": more["inputs"]["fields"][:1]}}
-    told = api.refused("PATCH", f"credential_types/{kind}/", less, 403)
-    assert told == {"detail": "Modifications to inputs are not allowed for credential types that are in use"}
+    refusal = api.refused("PATCH", f"credential_types/{kind}/", less, 403)
+    assert refusal == {"detail": "Modifications to inputs are not allowed for credential types that are in use"}
     assert api.ask("PATCH", f"credential_types/{kind}/", {"injectors": {"env": {"X": "{{ f }}"}}})[0] == 200
-    told = api.refused("DELETE", f"credential_types/{kind}/", None, 403)
-    assert told == {"detail": "Credential types that are in use cannot be deleted"}
+    refusal = api.refused("DELETE", f"credential_types/{kind}/", None, 403)
+    assert refusal == {"detail": "Credential types that are in use cannot be deleted"}
     assert api.ask("DELETE", f"credentials/{credential}/") == (204, None)
     assert api.ask("DELETE", f"credential_types/{kind}/") == (204, None)
 
@@ -277,7 +277,7 @@ def test_a_survey_is_checked_when_it_is_stored(api: Api) -> None:
     spec = api.survey(text)
     # The default is not held against min and max.
     assert api.ask("POST", path, spec)[0] == 200 and api.ask("GET", path) == (200, spec)
-    for question, told in (
+    for question, refusal in (
         (
             {"type": "multiplechoice", "variable": "v", "choices": ["a"], "default": "b"},
             "Default choice must be answered from the choices listed.",
@@ -287,9 +287,9 @@ def test_a_survey_is_checked_when_it_is_stored(api: Api) -> None:
             "Default value 50 in survey question 0 expected to be integer.",
         ),
     ):
-        assert api.refused("POST", path, api.survey(question)) == {"error": told}
-    told = api.refused("POST", path, api.survey(text, text))
-    assert told == {"error": "'variable' 'v' duplicated in survey question 1."}
+        assert api.refused("POST", path, api.survey(question)) == {"error": refusal}
+    refusal = api.refused("POST", path, api.survey(text, text))
+    assert refusal == {"error": "'variable' 'v' duplicated in survey question 1."}
     assert api.refused("POST", path, {"name": "", "description": "", "spec": []}) == {
         "error": "'spec' doesn't contain any items."
     }
@@ -305,7 +305,7 @@ def test_a_launch_checks_the_answers_against_the_survey(api: Api) -> None:
     ]
     assert api.ask("POST", f"job_templates/{template}/survey_spec/", api.survey(*questions))[0] == 200
     path = f"job_templates/{template}/launch/"
-    for answers, told in (
+    for answers, refusal in (
         ({}, "'name' value missing"),
         ({"name": 5}, "Value 5 for 'name' expected to be a string."),
         ({"name": ""}, "'name' value  is too small (length is 0 must be at least 1)."),
@@ -314,16 +314,16 @@ def test_a_launch_checks_the_answers_against_the_survey(api: Api) -> None:
         ({"name": "x", "wait": True}, "Value True for 'wait' expected to be one of ['true', 'false']."),
     ):
         refused = api.refused("POST", path, {"extra_vars": answers})
-        assert refused["variables_needed_to_start"] == [told]
+        assert refused["variables_needed_to_start"] == [refusal]
     status, answer = api.ask("POST", path, {"extra_vars": {"name": "x", "nosuch": "y", "own": "z"}})
     assert status == 201 and answer["job"] and set(answer["ignored_fields"]["extra_vars"]) == {"nosuch", "own"}
     job = api.ask("GET", f"jobs/{answer['job']}/")[1]
     assert json.loads(job["extra_vars"]) == {"own": "x", "name": "x", "ttl": "4h", "blank": "", "wait": "true"}
     # While it is under way, its template stays. The double's jobs never end.
     if not REAL:
-        told = api.refused("DELETE", f"job_templates/{template}/", None, 409)
-        assert told["error"] == "Resource is being used by running jobs."
-        assert told["active_jobs"] == [{"id": answer["job"], "type": "job"}]
+        refusal = api.refused("DELETE", f"job_templates/{template}/", None, 409)
+        assert refusal["error"] == "Resource is being used by running jobs."
+        assert refusal["active_jobs"] == [{"id": answer["job"], "type": "job"}]
 
 
 def test_passwords_and_choices_without_an_answer(api: Api) -> None:
@@ -346,8 +346,8 @@ def test_a_required_question_does_not_take_its_default(api: Api) -> None:
     template = api.template(survey_enabled=True)
     question = {"type": "multiplechoice", "variable": "v", "required": True, "choices": ["a", "b"], "default": "a"}
     api.ask("POST", f"job_templates/{template}/survey_spec/", api.survey(question))
-    told = api.refused("POST", f"job_templates/{template}/launch/", {})
-    assert told["variables_needed_to_start"] == ["'v' value missing"]
+    refusal = api.refused("POST", f"job_templates/{template}/launch/", {})
+    assert refusal["variables_needed_to_start"] == ["'v' value missing"]
 
 
 def test_a_schedule_needs_a_complete_rule(api: Api) -> None:
@@ -355,13 +355,13 @@ def test_a_schedule_needs_a_complete_rule(api: Api) -> None:
     good = "DTSTART:20260101T000000Z\nRRULE:FREQ=DAILY;INTERVAL=1"
     status, row = api.ask("POST", path, {"name": "s", "rrule": good})
     assert status == 201 and row["rrule"] == good.replace("\n", " ") and row["enabled"] is True
-    for rrule, told in (
+    for rrule, refusal in (
         ("DTSTART:20260101T000000Z RRULE:FREQ=DAILY", "INTERVAL required in rrule"),
         ("DTSTART:20260101T000000Z RRULE:FREQ=SECONDLY;INTERVAL=1", "SECONDLY is not supported"),
         ("DTSTART:20260101T000000 RRULE:FREQ=DAILY;INTERVAL=1", "DTSTART cannot be a naive datetime"),
         ("", "may not be blank"),
     ):
-        assert told in str(api.refused("POST", path, {"name": "other", "rrule": rrule})["rrule"])
+        assert refusal in str(api.refused("POST", path, {"name": "other", "rrule": rrule})["rrule"])
 
 
 def test_labels_go_with_their_last_use(api: Api) -> None:

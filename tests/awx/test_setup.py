@@ -18,14 +18,14 @@ from support.awx_setup import (
     NAMES,
     PROJECT_URL,
     SetUp,
-    failure,
-    lines,
-    refusal,
-    result,
+    copy_state,
+    list_writes,
+    read_failure,
+    read_lines,
+    read_refusal,
+    read_task_lines,
+    read_task_result,
     run_module,
-    snapshot,
-    told,
-    written,
 )
 from support.double import TOKEN_SECRET
 from support.play import REPO
@@ -39,13 +39,13 @@ def test_a_first_run_makes_all_and_the_second_nothing(awx: Awx, set_up: SetUp) -
     would = set_up(check=True).ok()
     assert awx.writes == [] and "changed=0" not in would.stdout
     run = set_up(args=("-vvv",)).ok()
-    steps = [(step["kind"], step["name"], step["action"]) for step in result(run)["steps"]]
-    assert steps == [(step["kind"], step["name"], step["action"]) for step in result(would)["steps"]]
-    assert all(step["done"] for step in result(run)["steps"]) and not any(
-        step["done"] for step in result(would)["steps"]
+    steps = [(step["kind"], step["name"], step["action"]) for step in read_task_result(run)["steps"]]
+    assert steps == [(step["kind"], step["name"], step["action"]) for step in read_task_result(would)["steps"]]
+    assert all(step["done"] for step in read_task_result(run)["steps"]) and not any(
+        step["done"] for step in read_task_result(would)["steps"]
     )
     assert len(awx.writes) == len([step for step in steps if step[2] != "synced"])
-    project = awx.named("projects", "agentlab")
+    project = awx.find_named("projects", "agentlab")
     assert project["scm_url"] == PROJECT_URL and project["organization"] == 1
     assert project["scm_update_on_launch"] is True and project["scm_update_cache_timeout"] == 3600
     templates = {row["name"]: row for row in awx.objects["job_templates"]}
@@ -54,24 +54,24 @@ def test_a_first_run_makes_all_and_the_second_nothing(awx: Awx, set_up: SetUp) -
     assert {name for name, row in templates.items() if not row["allow_simultaneous"]} == {
         "agentlab - prune", "agentlab - reconcile"
     }  # fmt: skip
-    mine = [awx.named("credentials", name)["id"] for name in ("nodes", "agentlab - Proxmox VE API")]
+    mine = [awx.find_named("credentials", name)["id"] for name in ("nodes", "agentlab - Proxmox VE API")]
     for name, row in templates.items():
-        assert (REPO / "awx" / row["playbook"]).is_file() and row["inventory"] == awx.named("inventories", "proxmox")[
-            "id"
-        ]
+        assert (REPO / "awx" / row["playbook"]).is_file() and row["inventory"] == awx.find_named(
+            "inventories", "proxmox"
+        )["id"]
         assert row["project"] == project["id"] and json.loads(row["extra_vars"])["agentlab_hosts"] == "pve"
         assert awx.attached[row["id"]] == mine, name
         labels = awx.related["job_templates", row["id"], "labels"]
-        assert [awx.row("labels", label)["name"] for label in labels] == ["agentlab.proxmox"]
-    made = [
+        assert [awx.find_row("labels", label)["name"] for label in labels] == ["agentlab.proxmox"]
+    rows = [
         *templates.values(),
         *awx.objects["schedules"],
         *awx.objects["projects"],
-        awx.named("credentials", "agentlab - Proxmox VE API"),
-        awx.named("credential_types", "agentlab Proxmox VE API"),
+        awx.find_named("credentials", "agentlab - Proxmox VE API"),
+        awx.find_named("credential_types", "agentlab Proxmox VE API"),
     ]
     assert all(
-        "Made by agentlab.proxmox.awx_setup: run that playbook again to change it" in row["description"] for row in made
+        "Made by agentlab.proxmox.awx_setup: run that playbook again to change it" in row["description"] for row in rows
     )
     assert {survey["variable"] for survey in awx.surveys[templates["agentlab - job"]["id"]]["spec"]} >= {
         "job_tasks",
@@ -81,13 +81,13 @@ def test_a_first_run_makes_all_and_the_second_nothing(awx: Awx, set_up: SetUp) -
         "job_results",
         "job_workspace_size",
     }
-    nightly = awx.named("schedules", "agentlab - nightly prune")
+    nightly = awx.find_named("schedules", "agentlab - nightly prune")
     assert nightly["unified_job_template"] == templates["agentlab - prune"]["id"] and nightly["enabled"] is True
     assert "FREQ=DAILY" in nightly["rrule"]
     assert TOKEN not in run.output and TOKEN_SECRET not in run.output
     # Survey answers are variables of the playbook that the template runs.
     for number, survey in awx.surveys.items():
-        playbook = REPO / "playbooks" / awx.row("job_templates", number)["playbook"]
+        playbook = REPO / "playbooks" / awx.find_row("job_templates", number)["playbook"]
         text = playbook.read_text(encoding="utf-8")
         for name in {name for play in yaml.safe_load(text) for name in play.get("vars_files", [])}:
             text += (playbook.parent / name).read_text(encoding="utf-8")
@@ -103,22 +103,22 @@ def test_one_changed_option_writes_only_that(awx: Awx, set_up: SetUp) -> None:
     awx.writes.clear()
     would = set_up(check=True, diff=True, awx_prune_older_than="48h").ok()
     # W9: the fields are a list of names.
-    assert "job template agentlab - prune: would be changed (extra_vars)" in lines(would)
-    assert result(would)["diff"]["before"]["job template agentlab - prune"] == {
+    assert "job template agentlab - prune: would be changed (extra_vars)" in read_task_lines(would)
+    assert read_task_result(would)["diff"]["before"]["job template agentlab - prune"] == {
         "extra_vars": json.dumps({"agentlab_hosts": "pve", "prune_older_than": "24h", "prune_max_count": 50})
     }
     set_up(awx_prune_older_than="48h").ok()
-    assert written(awx) == ["PATCH /api/v2/job_templates/N/", "POST /api/v2/job_templates/N/survey_spec/",
+    assert list_writes(awx) == ["PATCH /api/v2/job_templates/N/", "POST /api/v2/job_templates/N/survey_spec/",
                             "POST /api/v2/job_templates/N/survey_spec/"]  # fmt: skip
     # A template that somebody deleted is made again.
-    row = awx.named("job_templates", "agentlab - renew")
+    row = awx.find_named("job_templates", "agentlab - renew")
     awx.objects["job_templates"].remove(row)
     set_up(awx_prune_older_than="48h").ok()
-    assert awx.named("job_templates", "agentlab - renew")["id"] != row["id"]
+    assert awx.find_named("job_templates", "agentlab - renew")["id"] != row["id"]
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("options", "sentence"),
     [
         ({"awx_prefix": "p" * 499}, "awx_prefix: "),
         ({"awx_project": "p" * 513}, "awx_project: "),
@@ -129,17 +129,17 @@ def test_one_changed_option_writes_only_that(awx: Awx, set_up: SetUp) -> None:
     ],
 )
 def test_what_is_too_long_for_awx_is_refused_before_anything_is_written(
-    awx: Awx, given: dict[str, Any], told: str
+    awx: Awx, options: dict[str, Any], sentence: str
 ) -> None:
-    message = refusal(run_module(awx, **given))
-    assert told in message and awx.writes == [] and "hush" not in message
+    message = read_refusal(run_module(awx, **options))
+    assert sentence in message and awx.writes == [] and "hush" not in message
     assert "AWX takes at most" in message or "outside of" in message
 
 
 def test_the_longest_prefix_is_accepted(awx: Awx) -> None:
-    given = {"awx_prefix": "p" * (512 - len("Proxmox VE API"))}
-    told(run_module(awx, **given))
-    assert run_module(awx, **given)["changed"] is False
+    options = {"awx_prefix": "p" * (512 - len("Proxmox VE API"))}
+    read_lines(run_module(awx, **options))
+    assert run_module(awx, **options)["changed"] is False
 
 
 def test_lists_of_many_pages_are_read_to_the_end(awx: Awx, set_up: SetUp) -> None:
@@ -151,8 +151,8 @@ def test_lists_of_many_pages_are_read_to_the_end(awx: Awx, set_up: SetUp) -> Non
 
 def test_awx_api_path_leads_to_automation_platform(awx: Awx, set_up: SetUp) -> None:
     awx.prefix = "/api/controller/v2"
-    told = failure(set_up())
-    assert "answers 404 for organizations: a web page instead of JSON. The API is looked for under /api/v2" in told
+    message = read_failure(set_up())
+    assert "answers 404 for organizations: a web page instead of JSON. The API is looked for under /api/v2" in message
     set_up(awx_api_path="/api/controller/v2/", awx_host=f"{awx.url}/").ok()
     assert "changed=0" in set_up(awx_api_path="/api/controller/v2").ok().stdout
 
@@ -160,8 +160,8 @@ def test_awx_api_path_leads_to_automation_platform(awx: Awx, set_up: SetUp) -> N
 def test_a_user_with_a_password_can_set_up(awx: Awx, set_up: SetUp) -> None:
     run = set_up(token="", awx_username="admin", awx_password=PASSWORD).ok()
     assert PASSWORD not in run.output
-    told = failure(set_up(token="", awx_username="admin", awx_password="wrong-password-1"))
-    assert "answers 401 for organizations" in told and "CONTROLLER_PASSWORD" in told
+    message = read_failure(set_up(token="", awx_username="admin", awx_password="wrong-password-1"))
+    assert "answers 401 for organizations" in message and "CONTROLLER_PASSWORD" in message
 
 
 def test_what_awx_refuses_is_told_in_its_words(awx: Awx, set_up: SetUp) -> None:
@@ -191,24 +191,24 @@ def test_what_awx_refuses_is_told_in_its_words(awx: Awx, set_up: SetUp) -> None:
         ("It does not speak TLS there: write http://", set_up(awx_host=awx.url.replace("http", "https"))),
         ("Set awx_host (or CONTROLLER_HOST)", set_up(awx_host="")),
     ):
-        assert expected in failure(run), (expected, failure(run))
+        assert expected in read_failure(run), (expected, read_failure(run))
 
 
 def test_a_run_that_breaks_off_at_any_request_is_finished_by_the_next(awx: Awx) -> None:
     """The connection breaks off at each write in turn, by turns before AWX acts and after it: the next run goes on."""
     awx.add("notification_templates", name="mail", organization=1)
-    given: dict[str, Any] = {"awx_notification": "mail"}
-    before = snapshot(awx)
+    options: dict[str, Any] = {"awx_notification": "mail"}
+    before = copy_state(awx)
 
     def broken_at(number: int, **more: Any) -> bool:
         """Run until the connection breaks off at that write; return whether it did, and the next run finished."""
         awx.writes.clear()
         awx.cut = (number, ("before", "after")[number % 2])
-        broken = run_module(awx, **given, **more)
+        broken = run_module(awx, **options, **more)
         awx.cut = None
-        would = run_module(awx, check=True, **given, **more)
-        assert told(run_module(awx, **given, **more)) == told(would).replace("would be ", "")
-        assert not run_module(awx, **given, **more)["changed"]
+        would = run_module(awx, check=True, **options, **more)
+        assert read_lines(run_module(awx, **options, **more)) == read_lines(would).replace("would be ", "")
+        assert not run_module(awx, **options, **more)["changed"]
         if broken["failed"]:
             assert "cannot be reached" in broken["msg"], broken["msg"]
         return bool(broken["failed"])
@@ -221,7 +221,7 @@ def test_a_run_that_breaks_off_at_any_request_is_finished_by_the_next(awx: Awx) 
     surveys, attached = sorted(map(str, awx.surveys.values())), sorted(map(len, awx.attached.values()))
     number = 0
     while True:
-        told(run_module(awx, awx_state="absent", **given))
+        read_lines(run_module(awx, awx_state="absent", **options))
         awx.surveys.clear()
         awx.attached.clear()
         for kind in ("job_templates", "projects", "credential_types", "schedules", "labels", "credentials"):
@@ -234,7 +234,7 @@ def test_a_run_that_breaks_off_at_any_request_is_finished_by_the_next(awx: Awx) 
         number += 1
     assert number > 9
     for number in range(100):
-        told(run_module(awx, **given))
+        read_lines(run_module(awx, **options))
         if not broken_at(number, awx_state="absent"):
             break
         for kind in ("job_templates", "projects", "credential_types", "schedules", "labels", "credentials"):

@@ -15,13 +15,13 @@ from support.awx_setup import (
     NAMES,
     PROJECT_URL,
     SetUp,
-    failure,
-    lines,
-    result,
+    add_second_organization,
+    copy_state,
+    read_failure,
+    read_lines,
+    read_task_lines,
+    read_task_result,
     run_module,
-    second_organization,
-    snapshot,
-    told,
 )
 
 
@@ -30,7 +30,7 @@ def test_nothing_of_another_organization_is_found_or_changed(awx: Awx, set_up: S
 
     W18: inventories by organization.
     """
-    second = second_organization(awx)
+    second = add_second_organization(awx)
     set_up().ok()
     # The system administrator sees both.
     first = {kind: [copy.deepcopy(row) for row in awx.objects[kind]] for kind in awx.objects}
@@ -38,7 +38,7 @@ def test_nothing_of_another_organization_is_found_or_changed(awx: Awx, set_up: S
     run = set_up(awx_organization="Second").ok()
     for kind, rows in first.items():
         for row in rows:
-            now = awx.row(kind, row["id"])
+            now = awx.find_row(kind, row["id"])
             assert {**now, "status": ""} == {**row, "status": ""} if kind == "projects" else now == row, (
                 kind,
                 row["name"],
@@ -47,16 +47,16 @@ def test_nothing_of_another_organization_is_found_or_changed(awx: Awx, set_up: S
     assert {key: awx.related[key] for key in related} == related
     assert len(awx.objects["job_templates"]) == 2 * len(NAMES) and len(awx.objects["projects"]) == 2
     for row in awx.objects["job_templates"][len(NAMES) :]:
-        assert awx.row("projects", row["project"])["organization"] == second
-        assert awx.row("inventories", row["inventory"])["organization"] == second
-        assert all(awx.row("credentials", number)["organization"] == second for number in awx.attached[row["id"]])
+        assert awx.find_row("projects", row["project"])["organization"] == second
+        assert awx.find_row("inventories", row["inventory"])["organization"] == second
+        assert all(awx.find_row("credentials", number)["organization"] == second for number in awx.attached[row["id"]])
     assert "changed=0" in set_up(awx_organization="Second").ok().stdout and "changed=0" in set_up().ok().stdout
-    assert [step["action"] for step in result(run)["steps"]].count("created") > len(NAMES)
+    assert [step["action"] for step in read_task_result(run)["steps"]].count("created") > len(NAMES)
 
 
 @pytest.mark.parametrize("missing", ["inventories", "credentials", "projects", "notification_templates"])
 def test_what_only_another_organization_has_is_missing(awx: Awx, set_up: SetUp, missing: str) -> None:
-    second_organization(awx)
+    add_second_organization(awx)
     name = {"inventories": "proxmox", "credentials": "nodes", "projects": "agentlab", "notification_templates": "mail"}[
         missing
     ]
@@ -69,19 +69,19 @@ def test_what_only_another_organization_has_is_missing(awx: Awx, set_up: SetUp, 
         status="successful",
         synced=True,
     )
+    second = awx.find_named("organizations", "Second")["id"]
     if missing != "projects":
-        awx.add("projects", name="agentlab", organization=awx.named("organizations", "Second")["id"], scm_type="git",
-                scm_url=PROJECT_URL, status="successful", synced=True)  # fmt: skip
+        awx.add("projects", name="agentlab", organization=second, scm_type="git", scm_url=PROJECT_URL,
+                status="successful", synced=True)  # fmt: skip
     awx.add("notification_templates", name="mail", organization=1)
-    second = awx.named("organizations", "Second")["id"]
     awx.objects[missing] = [
         row for row in awx.objects[missing] if not (row["name"] == name and row["organization"] == second)
     ]
     options = {"awx_notification": "mail"} if missing == "notification_templates" else {}
-    told = failure(set_up(awx_organization="Second", awx_project_scm_url=None, **options))
+    message = read_failure(set_up(awx_organization="Second", awx_project_scm_url=None, **options))
     assert (
         f"{missing} of AWX has none named {name} in the organization Second that this user may see (one of that name "
-        "belongs to Default; " in told
+        "belongs to Default; " in message
     )
     assert awx.writes == []
 
@@ -92,7 +92,7 @@ def test_what_the_set_up_did_not_make_is_shown_and_refused_unless_adopted(awx: A
     if kind == "project":
         awx.add("projects", name="agentlab", organization=1, scm_type="git", scm_url="https://git.example.net/theirs.git",
                 status="successful", synced=True, description="theirs")  # fmt: skip
-        row, fields = awx.named("projects", "agentlab"), "description, scm_url"
+        row, fields = awx.find_named("projects", "agentlab"), "description, scm_url"
     else:
         set_up().ok()
         endpoint, name = {
@@ -100,62 +100,67 @@ def test_what_the_set_up_did_not_make_is_shown_and_refused_unless_adopted(awx: A
             "schedule": ("schedules", "agentlab - reconcile"),
             "credential": ("credentials", "agentlab - Proxmox VE API"),
         }[kind]
-        row, fields = awx.named(endpoint, name), "description"
+        row, fields = awx.find_named(endpoint, name), "description"
         row["description"] = "theirs"
-    before = snapshot(awx)
+    before = copy_state(awx)
     awx.writes.clear()
     would = set_up(check=True).ok()
     expected = f"{kind} {row['name']} (id {row['id']}; {fields}"
-    assert any(text.startswith(expected) for text in result(would)["foreign"]), result(would)["foreign"]
-    assert "changed only with awx_adopt=true" in lines(would)
-    told = failure(set_up())
-    assert expected in told and "nothing was changed" in told and "awx_adopt" in told
-    assert awx.writes == [] and snapshot(awx) == before
+    assert any(text.startswith(expected) for text in read_task_result(would)["foreign"]), read_task_result(would)[
+        "foreign"
+    ]
+    assert "changed only with awx_adopt=true" in read_task_lines(would)
+    message = read_failure(set_up())
+    assert expected in message and "nothing was changed" in message and "awx_adopt" in message
+    assert awx.writes == [] and copy_state(awx) == before
     run = set_up(awx_adopt=True).ok()
-    assert f"{kind} {row['name']}: adopted" in lines(run) and "Made by agentlab.proxmox.awx_setup" in row["description"]
+    assert (
+        f"{kind} {row['name']}: adopted" in read_task_lines(run)
+        and "Made by agentlab.proxmox.awx_setup" in row["description"]
+    )
     assert "changed=0" in set_up().ok().stdout
 
 
 def test_a_template_on_another_project_is_somebody_elses(awx: Awx, set_up: SetUp) -> None:
     set_up().ok()
     awx.writes.clear()
-    told = failure(set_up(awx_project="other"))
-    assert "job template agentlab - create" in told and "project would be changed" in told and awx.writes == []
+    message = read_failure(set_up(awx_project="other"))
+    assert "job template agentlab - create" in message and "project would be changed" in message and awx.writes == []
     set_up(awx_project="other", awx_adopt=True).ok()
-    other = awx.named("projects", "other")["id"]
+    other = awx.find_named("projects", "other")["id"]
     assert {row["project"] for row in awx.objects["job_templates"]} == {other}
 
 
 def test_the_templates_of_a_deleted_project_are_still_ours(awx: Awx) -> None:
     """AWX keeps the templates of a project that is deleted, in their organization."""
-    told(run_module(awx))
+    read_lines(run_module(awx))
     ids = sorted(row["id"] for row in awx.objects["job_templates"])
-    awx.handle("DELETE", f"/api/v2/projects/{awx.named('projects', 'agentlab')['id']}/", {}, "admin")
-    text = told(run_module(awx))
+    awx.handle("DELETE", f"/api/v2/projects/{awx.find_named('projects', 'agentlab')['id']}/", {}, "admin")
+    text = read_lines(run_module(awx))
     assert "project agentlab: created" in text and "job template agentlab - prune: changed (project)" in text
     assert sorted(row["id"] for row in awx.objects["job_templates"]) == ids
-    project = awx.named("projects", "agentlab")["id"]
+    project = awx.find_named("projects", "agentlab")["id"]
     assert {row["project"] for row in awx.objects["job_templates"]} == {project}
     awx.handle("DELETE", f"/api/v2/projects/{project}/", {}, "admin")
-    told(run_module(awx, awx_state="absent"))
+    read_lines(run_module(awx, awx_state="absent"))
     assert awx.objects["job_templates"] == []
 
 
 def test_blanks_around_a_name_make_no_other_object(awx: Awx) -> None:
     """AWX drops blanks around a name that it stores, and searches for a name with them."""
-    given = {
+    options = {
         "awx_organization": " Default ", "awx_project": " agentlab\n", "awx_inventory": "proxmox ",
         "awx_machine_credential": " nodes", "awx_prefix": "  lab - ", "awx_hosts": " pve ",
         "awx_credential_type_name": "our type ", "awx_project_scm_url": f" {PROJECT_URL} ",
         "awx_project_scm_branch": "main\n",
     }  # fmt: skip
-    told(run_module(awx, **given))
-    assert awx.named("job_templates", "lab - prune") and awx.named("credentials", "lab - Proxmox VE API")
+    read_lines(run_module(awx, **options))
+    assert awx.find_named("job_templates", "lab - prune") and awx.find_named("credentials", "lab - Proxmox VE API")
     awx.writes.clear()
     for check in (True, False):
-        assert run_module(awx, check=check, **given)["changed"] is False
+        assert run_module(awx, check=check, **options)["changed"] is False
     assert awx.writes == []
-    told(run_module(awx, **given, awx_state="absent"))
+    read_lines(run_module(awx, **options, awx_state="absent"))
     assert awx.objects["job_templates"] == [] and awx.objects["projects"] == []
 
 
@@ -166,4 +171,4 @@ def test_what_release_1_0_made_is_still_ours(awx: Awx, set_up: SetUp) -> None:
         for row in awx.objects[kind]:
             row["description"] = row["description"].split(". Made by ")[0]
     set_up().ok()
-    assert "Made by" in awx.named("job_templates", "agentlab - prune")["description"]
+    assert "Made by" in awx.find_named("job_templates", "agentlab - prune")["description"]

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from support.awx import TOKEN, Awx
-from support.awx_setup import PROJECT_URL, furnish
+from support.awx_setup import PROJECT_URL, add_prerequisites
 from support.awx_tables import Refused
 from support.play import REPO, run_play
 from support.runner import Runner
@@ -34,7 +34,7 @@ CORES = ["", *os.environ.get("AGENTLAB_TEST_AWX_CORES", "").split()]
 def furnished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Awx]:
     """A double of AWX after the set-up."""
     awx = Awx()
-    furnish(awx, 1)
+    add_prerequisites(awx, 1)
     env = {"CONTROLLER_HOST": awx.url, "CONTROLLER_OAUTH_TOKEN": TOKEN}
     variables = {"awx_inventory": "proxmox", "awx_project_scm_url": PROJECT_URL}
     run_play("agentlab.proxmox.awx_setup", env, tmp_path_factory.mktemp("setup"), extra_vars=variables).ok()
@@ -60,7 +60,7 @@ def launch(furnished: Awx, runner: Runner) -> Callable[..., tuple[int, dict[str,
     def run(
         template: str, answers: dict[str, Any], own: dict[str, Any] | None = None
     ) -> tuple[int, dict[str, Any], str]:
-        row = dict(furnished.named("job_templates", f"agentlab - {template}"))
+        row = dict(furnished.find_named("job_templates", f"agentlab - {template}"))
         row["extra_vars"] = json.dumps({**json.loads(row["extra_vars"]), **(own or {})})
         job = furnished.launch(row, answers)["job"]
         text = furnished.variables[job]
@@ -145,14 +145,14 @@ def test_a_password_that_reads_as_a_number_is_never_another_password(launch: Any
             )
 
 
-@pytest.mark.parametrize("answers, told", [
+@pytest.mark.parametrize("answers, sentence", [
     ({}, "'sandbox_name' value missing"), ({"sandbox_name": ""}, "too small"),
     ({"sandbox_name": "x", "sandbox_cores": 2}, "Value 2 for 'sandbox_cores' expected to be a string."),
     ({"sandbox_name": "x", "sandbox_wait_for_ip": "maybe"}, "expected to be one of")])  # fmt: skip
-def test_what_awx_refuses_starts_no_job(furnished: Awx, answers: dict[str, Any], told: str) -> None:
+def test_what_awx_refuses_starts_no_job(furnished: Awx, answers: dict[str, Any], sentence: str) -> None:
     with pytest.raises(Refused) as refused:
-        furnished.launch(furnished.named("job_templates", "agentlab - create"), answers)
-    assert told in str(refused.value.answer)
+        furnished.launch(furnished.find_named("job_templates", "agentlab - create"), answers)
+    assert sentence in str(refused.value.answer)
 
 
 def test_no_question_with_a_default_is_required(furnished: Awx) -> None:
@@ -163,7 +163,7 @@ def test_no_question_with_a_default_is_required(furnished: Awx) -> None:
     for row in furnished.objects["job_templates"]:
         spec = furnished.surveys.get(row["id"], {}).get("spec", [])
         needed = {question["variable"]: "1000" for question in spec if question["required"]}
-        variables = json.loads(furnished.row("jobs", furnished.launch(row, needed)["job"])["extra_vars"])
+        variables = json.loads(furnished.find_row("jobs", furnished.launch(row, needed)["job"])["extra_vars"])
         # A password has no default, and a choice none that is empty: AWX leaves these out, and so do the playbooks.
         unanswered = {"sandbox_cloud_init_password", "sandbox_cloud_init_upgrade"}
         assert {question["variable"] for question in spec} - unanswered <= set(variables), "AWX fills in the rest"
@@ -313,6 +313,6 @@ def test_a_job_on_many_hosts_when_they_are_meant(runner: Runner, server: Any) ->
     tasks.write_text("- name: Work\n  ansible.builtin.command: {cmd: 'true'}\n")
     inside = {"job_connection": "local", "job_python": sys.executable}
     status, results, output = runner.run("job", job_tasks=str(tasks), agentlab_allow_many_hosts="true", **inside)
-    made = {result["res"]["sandbox"]["name"] for result in results if result["res"].get("sandbox")}
-    assert status == 0 and len(made) == 2, output
+    names = {result["res"]["sandbox"]["name"] for result in results if result["res"].get("sandbox")}
+    assert status == 0 and len(names) == 2, output
     assert [vm for vm in server.pve.vms if not vm.template] == []

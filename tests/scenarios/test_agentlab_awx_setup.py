@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from support.awx import TOKEN, Awx
-from support.awx_setup import PROJECT_URL, furnish
+from support.awx_setup import PROJECT_URL, add_prerequisites
 from support.play import run_module
 
 SETUP = "agentlab_awx_setup"
@@ -24,7 +24,7 @@ SETUP = "agentlab_awx_setup"
 @pytest.mark.everyday
 def test_made_unchanged_changed_and_removed(tmp_path: Path) -> None:
     awx = Awx()
-    furnish(awx, 1)
+    add_prerequisites(awx, 1)
     template = {"name": "reconcile", "description": "Let leases expire", "playbook": "reconcile.yml"}
 
     def run(check: bool = False, **options: Any) -> dict[str, Any]:

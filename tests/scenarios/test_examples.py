@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from support.awx import TOKEN, Awx
-from support.awx_setup import furnish
+from support.awx_setup import add_prerequisites
 from support.play import REPO, Run, play, run_command
 
 MODULES = sorted(path.stem for path in (REPO / "plugins" / "modules").glob("agentlab_*.py"))
@@ -61,7 +61,7 @@ def test_the_examples_of_a_module_run(
     awx = None
     if module == "agentlab_awx_setup":
         awx = Awx()
-        furnish(awx, 1)
+        add_prerequisites(awx, 1)
         replaced, more = {"https://awx.example.net": awx.url}, {"CONTROLLER_OAUTH_TOKEN": TOKEN}
     elif module != "agentlab_sandbox":
         given(1, name="agent-1")

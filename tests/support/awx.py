@@ -31,11 +31,11 @@ from support.awx_tables import (
     REQUIRED,
     UNIQUE,
     Refused,
+    build_job_variables,
     check_survey,
     dump_variables,
-    job_variables,
-    kept_fields,
-    wrong_answers,
+    list_answer_errors,
+    select_kept_fields,
 )
 
 TOKEN = "made-up-awx-token-0f6c21d4a9"
@@ -48,8 +48,8 @@ class Awx:
     """The API on loopback.
 
     ``objects[endpoint]`` are its rows; ``writes`` every request that changed (or tried to change) something.
-    ``syncs`` says by URL why a project's sync fails; ``repositories`` which playbooks a repository has. A sync ends
-    after ``sync_reads`` reads of the project.
+    ``sync_failures`` says by URL why a project's sync fails; ``repositories`` which playbooks a repository has. A sync
+    ends after ``sync_reads`` reads of the project.
     """
 
     def __init__(self, prefix: str = "/api/v2") -> None:
@@ -61,12 +61,12 @@ class Awx:
         self.variables: dict[int, str] = {}
         self.writes: list[str] = []
         self.sync_reads = 2
-        self.syncs: dict[str, str] = {}
+        self.sync_failures: dict[str, str] = {}
         self.repositories: dict[str, list[str]] = {}
         self.page_size = 25
         # The number of writes that are answered, until the connection breaks off: "before" AWX acts, or "after" that.
         self.cut: tuple[int, str] | None = None
-        self.before: Callable[[str, str], None] | None = None
+        self.before_request: Callable[[str, str], None] | None = None
         self._syncing: dict[int, int] = {}
         self._next = 1
         organization = self.add("organizations", name="Default")
@@ -74,7 +74,7 @@ class Awx:
             self.add("credential_types", name=name, kind=kind)
         galaxy = self.add(
             "credentials", name="Ansible Galaxy", organization=organization,
-            credential_type=self.named("credential_types", "Ansible Galaxy/Automation Hub API Token")["id"],
+            credential_type=self.find_named("credential_types", "Ansible Galaxy/Automation Hub API Token")["id"],
         )  # fmt: skip
         self.related["organizations", organization, "galaxy_credentials"] = [galaxy]
         owner = self
@@ -86,7 +86,7 @@ class Awx:
                 if last and owner.cut and owner.cut[1] == "before":
                     return self._break_off()
                 try:
-                    user = owner.user(self.headers.get("Authorization") or "")
+                    user = owner.find_user(self.headers.get("Authorization") or "")
                     status, answer = owner.handle(self.command, self.path, json.loads(body) if body else {}, user)
                 except Refused as refused:
                     status, answer = refused.status, refused.answer
@@ -126,7 +126,7 @@ class Awx:
         self.objects[endpoint].append(row)
         return int(row["id"])
 
-    def named(self, endpoint: str, name: str, **more: Any) -> dict[str, Any]:
+    def find_named(self, endpoint: str, name: str, **more: Any) -> dict[str, Any]:
         """Return the object of that name (and those further fields). Raises StopIteration if there is none."""
         return next(
             row
@@ -134,11 +134,13 @@ class Awx:
             if row["name"] == name and all(row[key] == value for key, value in more.items())
         )
 
-    def row(self, endpoint: str, number: Any) -> dict[str, Any]:
+    def find_row(self, endpoint: str, number: Any) -> dict[str, Any]:
         """Return the object with that id. Raises StopIteration if there is none."""
         return next(row for row in self.objects[endpoint] if row["id"] == number)
 
-    def inventory(self, name: str, organization: int, group: str = "pve", hosts: tuple[str, ...] = ("pve1",)) -> int:
+    def add_inventory(
+        self, name: str, organization: int, group: str = "pve", hosts: tuple[str, ...] = ("pve1",)
+    ) -> int:
         """Add an inventory with one group and its hosts."""
         number = self.add("inventories", name=name, organization=organization)
         group_id = self.add("groups", name=group, inventory=number)
@@ -147,7 +149,7 @@ class Awx:
         ]
         return number
 
-    def user(self, header: str) -> str:
+    def find_user(self, header: str) -> str:
         """Return the user whom an Authorization header names; raises Refused with status 401."""
         basic = "Basic " + base64.b64encode(f"admin:{PASSWORD}".encode()).decode()
         users = {f"Bearer {TOKEN}": "admin", basic: "admin", f"Bearer {ORGANIZATION_TOKEN}": "org-admin"}
@@ -164,11 +166,11 @@ class Awx:
         match = re.fullmatch(rf"{re.escape(self.prefix)}/(\w+)/(?:(\d+)/(?:(\w+)/)?)?", parts.path)
         if method != "GET":
             self.writes.append(f"{method} {parts.path}")
-        if self.before:
-            self.before(method, parts.path)
+        if self.before_request:
+            self.before_request(method, parts.path)
         query = dict(parse_qsl(parts.query))
         if match and match[1] == "me":
-            return 200, self._list([{"id": 1, "username": user, "is_superuser": user == "admin"}], parts, {})
+            return 200, self._build_page([{"id": 1, "username": user, "is_superuser": user == "admin"}], parts, {})
         if not match or match[1] not in FIELDS:
             raise Refused(404, "<!doctype html><html><body><h1>Not Found</h1></body></html>")
         endpoint, number, part = match[1], match[2], match[3]
@@ -176,23 +178,23 @@ class Awx:
             raise Refused(403, {"detail": "You do not have permission to perform this action."})
         if number is None:
             if method == "POST":
-                return 201, self._shown(endpoint, self._create(endpoint, body))
-            return 200, self._list(self._filtered(endpoint, query), parts, query)
+                return 201, self._format_row(endpoint, self._create(endpoint, body))
+            return 200, self._build_page(self._filter_rows(endpoint, query), parts, query)
         row = next((row for row in self.objects[endpoint] if row["id"] == int(number)), None)
         if row is None:
             raise Refused(404, {"detail": f"No {MODELS[endpoint]} matches the given query."})
         if part is not None:
-            return self._part(method, endpoint, row, part, body, parts, query)
+            return self._answer_part(method, endpoint, row, part, body, parts, query)
         if method == "PATCH":
             self._change(endpoint, row, body)
         elif method == "DELETE":
             self._delete(endpoint, row)
             return (202 if endpoint == "inventories" else 204), None
         elif endpoint == "projects":
-            self._sync_goes_on(row)
-        return 200, self._shown(endpoint, row)
+            self._advance_sync(row)
+        return 200, self._format_row(endpoint, row)
 
-    def _list(self, rows: list[dict[str, Any]], parts: Any, query: dict[str, str]) -> dict[str, Any]:
+    def _build_page(self, rows: list[dict[str, Any]], parts: Any, query: dict[str, str]) -> dict[str, Any]:
         page = int(query.get("page", "1"))
         size = int(query.get("page_size", self.page_size))
         following = None
@@ -206,7 +208,7 @@ class Awx:
             "results": rows[(page - 1) * size : page * size],
         }
 
-    def _filtered(self, endpoint: str, query: dict[str, str], rows: list[dict[str, Any]] | None = None) -> list[Any]:
+    def _filter_rows(self, endpoint: str, query: dict[str, str], rows: list[dict[str, Any]] | None = None) -> list[Any]:
         result = []
         filters = {key: value for key, value in query.items() if key not in ("page", "page_size")}
         for key in filters:
@@ -220,22 +222,22 @@ class Awx:
                         break
                     continue
                 name, _separator, inner = key.partition("__")
-                actual: Any = self._organization(row) if name == "organization" else row.get(name)
+                actual: Any = self._find_organization(row) if name == "organization" else row.get(name)
                 if inner:
-                    actual = self.row(REFERENCES[name], actual)[inner] if actual else None
+                    actual = self.find_row(REFERENCES[name], actual)[inner] if actual else None
                 if str(actual) != value:
                     break
             else:
-                result.append(self._shown(endpoint, row))
+                result.append(self._format_row(endpoint, row))
         return result
 
-    def _organization(self, row: dict[str, Any]) -> Any:
+    def _find_organization(self, row: dict[str, Any]) -> Any:
         """Return the organization; a template follows its project, and keeps it when the project is deleted."""
         if "playbook" in row and row["project"]:
-            return self.row("projects", row["project"])["organization"]
+            return self.find_row("projects", row["project"])["organization"]
         return row.get("organization")
 
-    def _part(
+    def _answer_part(
         self,
         method: str,
         endpoint: str,
@@ -247,36 +249,36 @@ class Awx:
     ) -> tuple[int, Any]:
         number = row["id"]
         if (endpoint, part) == ("projects", "playbooks"):
-            return 200, self._playbooks(row)
+            return 200, self._list_playbooks(row)
         if (endpoint, part) == ("projects", "update") and method == "POST":
             self._start_sync(row)
-            return 202, {"project_update": self._syncing_update(row)}
+            return 202, {"project_update": self._read_update_id(row)}
         if (endpoint, part) == ("project_updates", "stdout"):
             # The output is stored a while after the status is set.
             row["output_reads"] = row.get("output_reads", 0) + 1
             return 200, row["output"] if row["output_reads"] > 1 else ""
         if (endpoint, part) == ("inventories", "groups"):
             rows = [group for group in self.objects["groups"] if group["inventory"] == number]
-            return 200, self._list(self._filtered("groups", query, rows), parts, query)
+            return 200, self._build_page(self._filter_rows("groups", query, rows), parts, query)
         if (endpoint, part) == ("inventories", "hosts"):
             rows = [host for host in self.objects["hosts"] if host["inventory"] == number]
-            return 200, self._list(self._filtered("hosts", query, rows), parts, query)
+            return 200, self._build_page(self._filter_rows("hosts", query, rows), parts, query)
         if (endpoint, part) == ("job_templates", "schedules"):
             if method == "POST":
                 return 201, self._create("schedules", {**body, "unified_job_template": number})
             rows = [item for item in self.objects["schedules"] if item["unified_job_template"] == number]
-            return 200, self._list(self._filtered("schedules", query, rows), parts, query)
+            return 200, self._build_page(self._filter_rows("schedules", query, rows), parts, query)
         if (endpoint, part) == ("job_templates", "survey_spec"):
             if method == "POST":
                 check_survey(body)
                 self.surveys[number] = body
                 return 200, None
-            return 200, self._shown_survey(number)
+            return 200, self._format_survey(number)
         if (endpoint, part) == ("job_templates", "credentials"):
             if method == "POST":
                 return self._attach(number, body)
             rows = [item for item in self.objects["credentials"] if item["id"] in self.attached.get(number, [])]
-            return 200, self._list(self._filtered("credentials", query, rows), parts, query)
+            return 200, self._build_page(self._filter_rows("credentials", query, rows), parts, query)
         if (endpoint, part) == ("job_templates", "launch") and method == "POST":
             return 201, self.launch(row, body.get("extra_vars") or {})
         lists = {"labels": "labels", "notification_templates_error": "notification_templates",
@@ -286,7 +288,9 @@ class Awx:
             ids = self.related.setdefault((endpoint, number, part), [])
             if method == "POST":
                 return self._relate(other, ids, body)
-            return 200, self._list(self._filtered(other, query, [self.row(other, item) for item in ids]), parts, query)
+            return 200, self._build_page(
+                self._filter_rows(other, query, [self.find_row(other, item) for item in ids]), parts, query
+            )
         raise Refused(404, "<!doctype html><html><body><h1>Not Found</h1></body></html>")
 
     def _relate(self, endpoint: str, ids: list[int], body: dict[str, Any]) -> tuple[int, Any]:
@@ -296,7 +300,7 @@ class Awx:
             if endpoint == "labels" and not any(
                 body["id"] in other for key, other in self.related.items() if key[2] == "labels"
             ):
-                self.objects["labels"].remove(self.row("labels", body["id"]))
+                self.objects["labels"].remove(self.find_row("labels", body["id"]))
             return 204, None
         if "id" in body:
             ids.append(body["id"])
@@ -317,9 +321,9 @@ class Awx:
             return 204, None
         if credential is None:
             raise Refused(400, {"detail": "Credential matching query does not exist."})
-        kinds = [self.row("credentials", other)["credential_type"] for other in ids]
+        kinds = [self.find_row("credentials", other)["credential_type"] for other in ids]
         if credential["credential_type"] in kinds:
-            name = self.row("credential_types", credential["credential_type"])["name"]
+            name = self.find_row("credential_types", credential["credential_type"])["name"]
             raise Refused(400, {"error": f"Cannot assign multiple {name} credentials."})
         ids.append(body["id"])
         return 204, None
@@ -330,12 +334,12 @@ class Awx:
         missing = [name for name in REQUIRED.get(endpoint, []) if name not in body]
         if missing:
             raise Refused(400, {name: ["This field is required."] for name in missing})
-        body = kept_fields(endpoint, body)
+        body = select_kept_fields(endpoint, body)
         row = {**json.loads(json.dumps(FIELDS[endpoint])), **body}
         self._check(endpoint, row, body)
         self._check_unique(endpoint, row, None)
         number = self.add(endpoint, **row)
-        row = self.row(endpoint, number)
+        row = self.find_row(endpoint, number)
         if endpoint == "projects" and row["scm_type"]:
             self._start_sync(row)
         elif endpoint == "projects":
@@ -346,7 +350,7 @@ class Awx:
         keys = UNIQUE.get(endpoint, [])
 
         def key_of(candidate: dict[str, Any]) -> list[Any]:
-            return [self._organization(candidate) if key == "organization" else candidate[key] for key in keys]
+            return [self._find_organization(candidate) if key == "organization" else candidate[key] for key in keys]
 
         if keys and any(other["id"] != own and key_of(other) == key_of(row) for other in self.objects[endpoint]):
             model = MODELS[endpoint]
@@ -362,7 +366,7 @@ class Awx:
             raise Refused(400, {"__all__": [f"{model} with this ({', '.join(keys)}) combination already exists."]})
 
     def _change(self, endpoint: str, row: dict[str, Any], body: dict[str, Any]) -> None:
-        body = kept_fields(endpoint, body)
+        body = select_kept_fields(endpoint, body)
         of_type = [item for item in self.objects["credentials"] if item["credential_type"] == row["id"]]
         if endpoint == "credential_types" and body.get("inputs", row["inputs"]) != row["inputs"] and of_type:
             detail = "Modifications to inputs are not allowed for credential types that are in use"
@@ -381,7 +385,7 @@ class Awx:
         self._check_unique(endpoint, changed, row["id"])
         row.update(body)
         if endpoint == "credentials":
-            row["inputs"] = self._kept_inputs(row)
+            row["inputs"] = self._drop_empty_secrets(row)
         if (
             endpoint == "projects"
             and row["scm_type"]
@@ -408,8 +412,8 @@ class Awx:
             if number in (job["unified_job_template"], job["project"]) and job.get("unprocessed")
         ]
         if unprocessed and endpoint in ("job_templates", "projects"):
-            told = f"Related job {unprocessed[0]['id']} is still processing events."
-            raise Refused(403, {"detail": told})
+            sentence = f"Related job {unprocessed[0]['id']} is still processing events."
+            raise Refused(403, {"detail": sentence})
         if endpoint == "credential_types" and any(
             item["credential_type"] == number for item in self.objects["credentials"]
         ):
@@ -458,17 +462,18 @@ class Awx:
         if not row["organization"]:
             raise Refused(400, {"non_field_errors": ["Missing 'user', 'team', or 'organization'."]})
         fields = {
-            field["id"] for field in self.row("credential_types", row["credential_type"])["inputs"].get("fields", [])
+            field["id"]
+            for field in self.find_row("credential_types", row["credential_type"])["inputs"].get("fields", [])
         }
         unknown = sorted(set(body.get("inputs") or {}) - fields)
-        if unknown and self.row("credential_types", row["credential_type"])["kind"] == "cloud":
-            told = f"Additional properties are not allowed ({', '.join(map(repr, unknown))} were unexpected)"
-            raise Refused(400, {"inputs": [told]})
-        row["inputs"] = self._kept_inputs(row)
+        if unknown and self.find_row("credential_types", row["credential_type"])["kind"] == "cloud":
+            sentence = f"Additional properties are not allowed ({', '.join(map(repr, unknown))} were unexpected)"
+            raise Refused(400, {"inputs": [sentence]})
+        row["inputs"] = self._drop_empty_secrets(row)
 
-    def _kept_inputs(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _drop_empty_secrets(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the inputs without empty secrets, which AWX drops."""
-        secret = self._secrets(row)
+        secret = self._list_secrets(row)
         return {key: value for key, value in (row["inputs"] or {}).items() if value or key not in secret}
 
     def _check_job_templates(self, row: dict[str, Any], body: dict[str, Any]) -> None:
@@ -478,8 +483,8 @@ class Awx:
             raise Refused(400, {"playbook": ["Must select playbook for project."]})
         if row["inventory"] is None and not row["ask_inventory_on_launch"]:
             raise Refused(400, {"inventory": ["You must either set a default value or ask to prompt on launch."]})
-        project = self.row("projects", row["project"])
-        if {"playbook", "project"} & set(body) and row["playbook"] not in self._playbooks(project):
+        project = self.find_row("projects", row["project"])
+        if {"playbook", "project"} & set(body) and row["playbook"] not in self._list_playbooks(project):
             raise Refused(400, {"playbook": ["Playbook not found for project."]})
         if not isinstance(row["extra_vars"], str):
             raise Refused(400, {"extra_vars": ["Not a valid string."]})
@@ -491,8 +496,8 @@ class Awx:
         if not row["rrule"]:
             raise Refused(400, {"rrule": ["This field may not be blank."]})
         if re.match(r"DTSTART:\d{8}T\d{6}(?!Z)", row["rrule"]):
-            told = "DTSTART cannot be a naive datetime.  Require ;TZINFO= or YYYYMMDDTHHMMSSZZ."
-            raise Refused(400, {"rrule": [told]})
+            sentence = "DTSTART cannot be a naive datetime.  Require ;TZINFO= or YYYYMMDDTHHMMSSZZ."
+            raise Refused(400, {"rrule": [sentence]})
         if "FREQ=SECONDLY" in row["rrule"]:
             raise Refused(400, {"rrule": ["SECONDLY is not supported."]})
         if "INTERVAL=" not in row["rrule"]:
@@ -500,7 +505,7 @@ class Awx:
         if not re.fullmatch(r"DTSTART(;TZID=[\w/]+)?:\d{8}T\d{6}Z? RRULE:FREQ=\w+;INTERVAL=\d+(;.*)?", row["rrule"]):
             raise Refused(400, {"rrule": ["rrule parsing failed validation"]})
 
-    def _shown_survey(self, number: int) -> dict[str, Any]:
+    def _format_survey(self, number: int) -> dict[str, Any]:
         """Return a survey without the defaults of its passwords. AWX encrypts a default unless it is empty."""
         survey = copy.deepcopy(self.surveys.get(number, {}))
         for question in survey.get("spec", []):
@@ -510,7 +515,7 @@ class Awx:
 
     # ---- syncs and launches ----
 
-    def _playbooks(self, project: dict[str, Any]) -> list[str]:
+    def _list_playbooks(self, project: dict[str, Any]) -> list[str]:
         """Return the playbooks. A project that has been synced once keeps them while it is synced again."""
         if project["status"] in ("successful", "ok") or project.get("synced"):
             return self.repositories.get(project["scm_url"], PLAYBOOKS)
@@ -518,7 +523,7 @@ class Awx:
 
     def _start_sync(self, row: dict[str, Any]) -> None:
         row["status"] = "pending"
-        reason = self.syncs.get(row["scm_url"], "")
+        reason = self.sync_failures.get(row["scm_url"], "")
         update = self.add(
             "project_updates", name=row["name"], status="failed" if reason else "successful",
             output=f"\x1b[0;31mfatal: [localhost]: FAILED! => {reason}\x1b[0m" if reason else "ok",
@@ -526,10 +531,10 @@ class Awx:
         row["update"] = update
         self._syncing[row["id"]] = self.sync_reads
 
-    def _syncing_update(self, row: dict[str, Any]) -> int:
+    def _read_update_id(self, row: dict[str, Any]) -> int:
         return int(row["update"])
 
-    def _sync_goes_on(self, row: dict[str, Any]) -> None:
+    def _advance_sync(self, row: dict[str, Any]) -> None:
         if row["id"] not in self._syncing:
             return
         self._syncing[row["id"]] -= 1
@@ -537,14 +542,14 @@ class Awx:
             row["status"] = "running"
             return
         del self._syncing[row["id"]]
-        row["status"] = self.row("project_updates", row["update"])["status"]
+        row["status"] = self.find_row("project_updates", row["update"])["status"]
         row["synced"] = row.get("synced") or row["status"] == "successful"
 
     def launch(self, template: dict[str, Any], answers: dict[str, Any], user: str = "admin") -> dict[str, Any]:
         """Launch as the API does; ``variables[job]`` is the file of variables that AWX hands to ansible-runner."""
         of_template = json.loads(template["extra_vars"] or "{}")
         spec = self.surveys.get(template["id"], {}).get("spec", []) if template["survey_enabled"] else []
-        errors = [error for question in spec for error in wrong_answers(question, answers)]
+        errors = [error for question in spec for error in list_answer_errors(question, answers)]
         if errors:
             raise Refused(400, {"variables_needed_to_start": errors})
         named = {question["variable"] for question in spec}
@@ -552,39 +557,39 @@ class Awx:
         for question in spec:
             # A default that its own limits refuse is left out: a required question with the default "".
             default = question.get("default")
-            if default is not None and not wrong_answers(question, {question["variable"]: default}):
+            if default is not None and not list_answer_errors(question, {question["variable"]: default}):
                 variables[question["variable"]] = default
         variables.update({key: value for key, value in answers.items() if key in named})
         ignored = {key: value for key, value in answers.items() if key not in named and of_template.get(key) != value}
         job = self.add("jobs", name=template["name"], unified_job_template=template["id"], project=template["project"])
         secret = {question["variable"] for question in spec if question["type"] == "password"}
-        self.row("jobs", job)["extra_vars"] = json.dumps(
+        self.find_row("jobs", job)["extra_vars"] = json.dumps(
             {key: "$encrypted$" if key in secret else value for key, value in variables.items()}
         )
-        self.variables[job] = dump_variables({**variables, **job_variables(job, template, user)}, of_template)
+        self.variables[job] = dump_variables({**variables, **build_job_variables(job, template, user)}, of_template)
         return {"job": job, "ignored_fields": {"extra_vars": ignored} if ignored else {}, "id": job, "type": "job"}
 
     # ---- what is shown ----
 
-    def _secrets(self, row: dict[str, Any]) -> set[str]:
+    def _list_secrets(self, row: dict[str, Any]) -> set[str]:
         kind = next((item for item in self.objects["credential_types"] if item["id"] == row["credential_type"]), {})
         return {field["id"] for field in kind.get("inputs", {}).get("fields", []) if field.get("secret")}
 
-    def _shown(self, endpoint: str, row: dict[str, Any]) -> dict[str, Any]:
+    def _format_row(self, endpoint: str, row: dict[str, Any]) -> dict[str, Any]:
         summary: dict[str, Any] = {}
         shown = {key: value for key, value in row.items() if key not in ("synced", "update", "output")}
         if endpoint == "job_templates":
-            shown["organization"] = self._organization(row)
+            shown["organization"] = self._find_organization(row)
             if row["project"]:
-                summary["project"] = {"id": row["project"], "name": self.row("projects", row["project"])["name"]}
+                summary["project"] = {"id": row["project"], "name": self.find_row("projects", row["project"])["name"]}
         organization = shown.get("organization")
         if organization:
-            summary["organization"] = {"id": organization, "name": self.row("organizations", organization)["name"]}
+            summary["organization"] = {"id": organization, "name": self.find_row("organizations", organization)["name"]}
         if endpoint == "credentials":
-            secret = self._secrets(row)
+            secret = self._list_secrets(row)
             inputs = row["inputs"] or {}
             shown["inputs"] = {key: "$encrypted$" if key in secret else value for key, value in inputs.items()}
-            kind = self.row("credential_types", row["credential_type"])
+            kind = self.find_row("credential_types", row["credential_type"])
             summary["credential_type"] = {"id": kind["id"], "name": kind["name"]}
         if endpoint == "projects" and row.get("update"):
             key = "current_update" if row["id"] in self._syncing else "last_update"

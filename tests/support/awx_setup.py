@@ -31,38 +31,38 @@ PROJECT_URL = "https://git.example.net/agentlab-awx.git"
 PROXMOX = {"awx_proxmox_api_host": "pve.example.net", "awx_proxmox_api_token_id": "agentlab@pve!awx"}
 
 
-def furnish(awx: Awx, organization: int, credential: str = "nodes", inventory: str = "proxmox") -> None:
+def add_prerequisites(awx: Awx, organization: int, credential: str = "nodes", inventory: str = "proxmox") -> None:
     """Add what a user makes by hand in an organization: inventory, SSH credential, Galaxy credential."""
-    awx.inventory(inventory, organization)
-    kind = awx.named("credential_types", "Machine")["id"]
+    awx.add_inventory(inventory, organization)
+    kind = awx.find_named("credential_types", "Machine")["id"]
     awx.add("credentials", name=credential, credential_type=kind, organization=organization)
-    galaxy = awx.named("credentials", "Ansible Galaxy")["id"]
+    galaxy = awx.find_named("credentials", "Ansible Galaxy")["id"]
     awx.related["organizations", organization, "galaxy_credentials"] = [galaxy]
 
 
-def second_organization(awx: Awx) -> int:
+def add_second_organization(awx: Awx) -> int:
     """Add an organization with all that the set-up needs there, and return its id."""
     number = awx.add("organizations", name="Second")
-    furnish(awx, number)
+    add_prerequisites(awx, number)
     return number
 
 
-def result(run: Run) -> dict[str, Any]:
+def read_task_result(run: Run) -> dict[str, Any]:
     """Return what the task that sets up returned."""
     return run.result("Create, change or remove the objects in AWX")
 
 
-def lines(run: Run) -> str:
+def read_task_lines(run: Run) -> str:
     """Return the lines that the set-up's task tells."""
-    return "\n".join(result(run)["lines"])
+    return "\n".join(read_task_result(run)["lines"])
 
 
-def written(awx: Awx) -> list[str]:
+def list_writes(awx: Awx) -> list[str]:
     """Return the requests that changed AWX, sorted, with N for each id."""
     return sorted(re.sub(r"/\d+", "/N", line) for line in awx.writes)
 
 
-def failure(run: Run) -> str:
+def read_failure(run: Run) -> str:
     """Return the message of a run that failed as it has to: no warning, no secret, no traceback."""
     assert run.rc != 0 and not run.warnings, run.output
     assert TOKEN not in run.output and TOKEN_SECRET not in run.output
@@ -70,13 +70,13 @@ def failure(run: Run) -> str:
     return str(run.failed[-1]["result"]["msg"])
 
 
-def refusal(answer: dict[str, Any]) -> str:
+def read_refusal(answer: dict[str, Any]) -> str:
     """Return the message of a run in this process that was refused."""
     assert answer["failed"] is True, answer
     return str(answer["msg"])
 
 
-def snapshot(awx: Awx) -> Any:
+def copy_state(awx: Awx) -> Any:
     """Return all that lasts in AWX."""
     return copy.deepcopy((awx.objects, awx.surveys, awx.attached, awx.related))
 
@@ -120,7 +120,7 @@ def _render(value: Any, variables: dict[str, Any]) -> Any:
     return _JINJA.from_string(value).render(**variables)
 
 
-def module_options(**variables: Any) -> dict[str, Any]:
+def build_module_options(**variables: Any) -> dict[str, Any]:
     """Return the options of the module as the playbook makes them from the variables of a user."""
     play = yaml.load((REPO / "playbooks" / "awx_setup.yml").read_text(encoding="utf-8"), _Loader)[0]
     task = next(task for task in play["tasks"] if "agentlab.proxmox.agentlab_awx_setup" in task)
@@ -149,7 +149,7 @@ def run_module(
         "awx_host": awx.url, "awx_token": TOKEN, "awx_inventory": "proxmox", "awx_machine_credential": "nodes",
         "awx_project_scm_url": PROJECT_URL, "awx_proxmox_api_token_secret": TOKEN_SECRET, **PROXMOX, **variables,
     }  # fmt: skip
-    options = module_options(**awx_options)
+    options = build_module_options(**awx_options)
     options["templates"] = [template for template in options["templates"] if template["name"] in only]
 
     class Module:
@@ -180,7 +180,7 @@ def run_module(
     raise AssertionError("the module has not ended")
 
 
-def told(answer: dict[str, Any]) -> str:
+def read_lines(answer: dict[str, Any]) -> str:
     """Return the lines of a run that was successful."""
     assert not answer["failed"], answer["msg"]
     return "\n".join(answer["lines"])

@@ -188,7 +188,7 @@ def dump_variables(variables: dict[str, Any], of_template: dict[str, Any]) -> st
     )
 
 
-def job_variables(job: int, template: dict[str, Any], user: str) -> dict[str, Any]:
+def build_job_variables(job: int, template: dict[str, Any], user: str) -> dict[str, Any]:
     """Return the variables that AWX adds to those of a job: who launched it, from which template."""
     variables: dict[str, Any] = {}
     for prefix in ("awx", "tower"):
@@ -204,7 +204,7 @@ def job_variables(job: int, template: dict[str, Any], user: str) -> dict[str, An
     return variables
 
 
-def kept_fields(endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
+def select_kept_fields(endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that AWX keeps, without blanks around short texts. Refuse what is too long."""
     fields = {
         key: value.strip() if isinstance(value, str) and key in (*LIMITS, "description") else value
@@ -220,7 +220,7 @@ def kept_fields(endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def wrong_answers(question: dict[str, Any], answers: dict[str, Any]) -> list[str]:
+def list_answer_errors(question: dict[str, Any], answers: dict[str, Any]) -> list[str]:
     """Return what AWX refuses of the answer to one question of a survey, in its words."""
     name, kind = question["variable"], question["type"]
     if name not in answers:
@@ -229,12 +229,12 @@ def wrong_answers(question: dict[str, Any], answers: dict[str, Any]) -> list[str
     if kind in ("text", "textarea", "password"):
         if not isinstance(value, str):
             return [f"Value {value} for '{name}' expected to be a string."]
-        told = []
+        sentences = []
         if low is not None and len(value) < low:
-            told.append(f"'{name}' value {value} is too small (length is {len(value)} must be at least {low}).")
+            sentences.append(f"'{name}' value {value} is too small (length is {len(value)} must be at least {low}).")
         if high is not None and len(value) > high:
-            told.append(f"'{name}' value {value} is too large (must be no more than {high}).")
-        return told
+            sentences.append(f"'{name}' value {value} is too large (must be no more than {high}).")
+        return sentences
     if kind == "integer":
         return (
             []
@@ -261,16 +261,16 @@ def check_survey(body: dict[str, Any]) -> None:
             if name not in question:
                 raise Refused(400, {"error": f"'{name}' missing from survey question {number}"})
         if question["variable"] in seen:
-            told = f"'variable' '{question['variable']}' duplicated in survey question {number}."
-            raise Refused(400, {"error": told})
+            sentence = f"'variable' '{question['variable']}' duplicated in survey question {number}."
+            raise Refused(400, {"error": sentence})
         seen.add(question["variable"])
         kind, default = question["type"], question.get("default", "")
         if kind not in SURVEY_TYPES:
             raise Refused(400, {"error": f"'{kind}' in survey question {number} is not one of the question types."})
         if default != "" and not isinstance(default, SURVEY_TYPES[kind]):
             label = kind if kind in ("integer", "float") else "string"
-            told = f"Default value {default} in survey question {number} expected to be {label}."
-            raise Refused(400, {"error": told})
+            sentence = f"Default value {default} in survey question {number} expected to be {label}."
+            raise Refused(400, {"error": sentence})
         if kind in ("multiplechoice", "multiselect"):
             defaults = default.splitlines() if isinstance(default, str) else default
             if any(item not in question["choices"] for item in defaults):
