@@ -156,7 +156,7 @@ def test_what_could_not_be_done_for_single_sandboxes(daemon: Make, lab: Lab) -> 
     agentlabd = daemon(metrics_listen=f"127.0.0.1:{free_port()}", reconcile_interval="1h", expire_interval="1s")
     told = condition(agentlabd, "sandboxes")
     assert told["condition"] == "fails" and f"sandbox {doubtful.vmid} (reconcile): only one of the two" in told["why"]
-    assert f"sandbox {switched_on.vmid} (reconcile): somebody started it, and no lease ends it" in told["why"], told
+    assert f"sandbox {switched_on.vmid} (reconcile): somebody started the VM, and no lease ends it" in told["why"], told
     assert f"sandbox {locked.vmid}" not in told["why"], "a backup ends by itself"
     assert agentlabd.metric('agentlab_condition{part="sandboxes"}') == 1
     lab.force_state(locked.vmid, "RUNNING", lease_expires_at=int(time.time()) - 1)

@@ -288,9 +288,9 @@ def test_records_of_another_cluster_conclude_nothing(lab: Lab, other_cluster: Se
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create, destroy
 
     report = prune.run(ctx, prune.Selection())
-    assert [one.reason for one in report.kept] == ["unknown"] * count and "not the cluster these records belong to" in (
-        report.kept[0].message or ""
-    )
+    assert [one.reason for one in report.kept] == [
+        "unknown"
+    ] * count and "another cluster than that of these records" in (report.kept[0].message or "")
     for _dummy in range(2):
         assert not [one for one in reconcile.run(lab.context(server=other_cluster), apply=True) if one.applied]
     outcome = destroy.run(lab.context(server=other_cluster), [(ours[0], destroy.Request(force=True))])[0]

@@ -60,7 +60,7 @@ class Operator:
             r"VM (\d+)\b.*remove it by hand": lambda vmid: lab.pve.remove_vm(int(vmid)),
             r"snippet (\S+) cannot be removed.*remove it": os.rmdir,
             r"run again in (\d+) s": lambda seconds: time.sleep(int(seconds) + 0.1),
-            r"VM (\d+) has its volume (\S+) attached.*Take it off there": self.take_off,
+            r"VM (\d+) has its volume (\S+) attached.*Take the disk off that VM": self.take_off,
         }
 
     def config(self, vmid: str) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def test_many_vms_that_are_gone_at_once(lab: Lab) -> None:
     made = [lab.create(f"b{number}") for number in range(6)]
     for one in made:
         lab.pve.remove_vm(one.vmid)
-    assert "then prune or destroy what is really gone" in refused(lab.reconcile)
+    assert "then prune or destroy the sandboxes whose VMs are really gone" in refused(lab.reconcile)
     lab.destroy(*(one.vmid for one in made), force=True)
     assert {one.state for one in lab.records()} == {"DESTROYED"} and lab.reconcile() == []
 
@@ -401,7 +401,7 @@ def test_guards_that_tripped(lab: Lab) -> None:
     )
     assert "cleanup is frozen until it is released" in refused(lambda: cleanup.run(lab.context(), policy))
     message = refused(lambda: cleanup.run(lab.context(), policy))
-    assert "look at what it would do (dry run), then release it" in message
+    assert "look at what the rules would do (dry run), then release cleanup" in message
     assert cleanup.run(lab.context(dry_run=True), policy).candidates == 6
     assert lab.prune(max_count=6).count == 6
     cleanup.release(lab.context())
@@ -437,7 +437,7 @@ def test_a_freeze_stops_the_rules_that_are_at_work(lab: Lab) -> None:
         ("c2", "changed"),
         ("stuck", "changed"),
     }
-    assert all("was frozen while it ran; release it" in str(one.message) for one in report.kept)
+    assert all("was frozen during this run; release cleanup" in str(one.message) for one in report.kept)
     assert {one.name: one.state for one in lab.records() if one.live} == {
         "c1": "TIMEOUT",
         "c2": "TIMEOUT",

@@ -72,7 +72,7 @@ def test_a_destroy_of_a_rule_that_was_cut_off_is_decided_anew_by_the_rules(lab: 
     found = lab.reconcile()
     assert [(one.kind, one.applied) for one in found] == [
         ("interrupted", True)
-    ] and "the next run of the rules decides anew" in found[0].action
+    ] and "the next run of the rules decides again" in found[0].action
     assert lab.record(vmid).state == "TIMEOUT" and lab.pve.vm(vmid) is not None
     assert lab.leftovers() == {"claims": [], "operations": []}
     if why != "frozen":

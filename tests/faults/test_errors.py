@@ -147,7 +147,7 @@ class Trial:
         for upid in set(
             re.findall(
                 r"its clone task (UPID:\S+) is still running|"
-                r"clone template .* task (UPID:\S+) on node .* stop it there if it hangs",
+                r"clone template .* task (UPID:\S+) on node .* stop the task there if it hangs",
                 told,
             )
         ):

@@ -213,13 +213,15 @@ def test_a_delete_task_that_hangs_ends_with_its_vm(lab: Lab, done: bool) -> None
         lab.pve.task_endings["qmdestroy"] = "hang"
     else:
         lab.pve.next_task("qmdestroy", "hang")
-    assert "stop it there if it hangs" in str(lab.destroy(made.vmid, force=True, wait_timeout="1s")[0].message)
+    assert "stop the task there if it hangs" in str(lab.destroy(made.vmid, force=True, wait_timeout="1s")[0].message)
     lab.pve.task_endings.clear()
     lab.pve.requests.clear()
     outcome = lab.destroy(made.vmid, force=True, wait_timeout="1s")[0]
     if not done:
         assert (
-            outcome.failed and "stop it there if it hangs" in str(outcome.message) and lab.pve.touched(made.vmid) == []
+            outcome.failed
+            and "stop the task there if it hangs" in str(outcome.message)
+            and lab.pve.touched(made.vmid) == []
         )
         lab.pve.kill_task(lab.pve.running_tasks("qmdestroy")[0])
         outcome = lab.destroy(made.vmid, force=True)[0]

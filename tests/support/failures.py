@@ -221,7 +221,7 @@ ROWS = {
     "no quorum at a destroy": Row(
         "quorum",
         lose_quorum,
-        r"the cluster has no quorum; nothing is deleted and nothing is known to be gone until it has \(pvecm status\)",
+        r"the cluster has no quorum; until it has, nothing is deleted and no VM counts as gone\. Look at pvecm status",
     ),
     "the clone's connection is cut": Row("clone", cut("cut-before"), CLONE_LOST, "new"),
     "a proxy answers the clone": Row("clone", answer("POST", "/qemu/9000/clone", 504), CLONE_LOST, "new"),

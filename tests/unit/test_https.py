@@ -211,7 +211,7 @@ def test_an_answer_has_a_largest_size(serve: Make, monkeypatch: pytest.MonkeyPat
     server = serve(
         say("200 OK", gzip.compress(body) if packed else body, *(["Content-Encoding: gzip"] if packed else []))
     )
-    with pytest.raises(errors.OutcomeUnknown, match="the answer is larger than any of Proxmox"):
+    with pytest.raises(errors.OutcomeUnknown, match="the answer is larger than any answer of Proxmox"):
         server.client(api_timeout=30).put(PATH)
 
 
@@ -328,7 +328,7 @@ def test_a_port_that_does_not_speak_tls() -> None:
         with pytest.raises(errors.Unreachable) as caught:
             ProxmoxClient(settings, Hurried()).get(PATH)
         assert caught.value.message == (
-            f"127.0.0.1:{port} does not speak TLS, so nothing was asked; check api_host and api_port (Proxmox VE "
+            f"127.0.0.1:{port} does not speak TLS, so no request was sent; check api_host and api_port (Proxmox VE "
             "listens on 8006)"
         )
         listener.shutdown(socket.SHUT_RDWR)

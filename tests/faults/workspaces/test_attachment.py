@@ -38,9 +38,7 @@ def test_a_foreign_attachment_is_refused_and_left_alone(lab: Lab) -> None:
     lab.pve.vm(BYSTANDER).config["scsi7"] = f"{found.volume},size=8G"
     before = dict(lab.pve.vm(BYSTANDER).config)
     made = lab.create("a1")
-    with pytest.raises(
-        WorkspaceRefused, match=f"VM {BYSTANDER} has its volume .* attached, though by no record of ours"
-    ):
+    with pytest.raises(WorkspaceRefused, match=f"VM {BYSTANDER} has its volume .* attached, without a record of ours"):
         attach(lab, "w1", made.vmid)
     with pytest.raises(CreationFailed, match="what was made for it has been removed"):
         lab.create("a2", workspace="w1")
@@ -55,7 +53,7 @@ def test_a_vm_that_cannot_be_read_may_have_it(lab: Lab) -> None:
     made = lab.create("a1")
     lab.pve.add_guest(700, node="pve2")
     lab.pve.set_node_offline("pve2")
-    with pytest.raises(Kept, match="whether VM 700 has it attached cannot be read"):
+    with pytest.raises(Kept, match="whether VM 700 has its volume attached cannot be read"):
         attach(lab, "w1", made.vmid)
     assert list_mentions(lab, found) == []
 
@@ -64,7 +62,7 @@ def test_a_lease_that_is_over_is_taken_over_only_from_a_vm_that_is_stopped(lab: 
     found = make(lab)
     one, two = lab.create("a1", workspace="w1"), lab.create("a2")
     lab.context().database.write(lambda conn: conn.execute("UPDATE workspaces SET lease_expires_at = 1") and None)
-    with pytest.raises(WorkspaceRefused, match="its VM still runs; stop it first"):
+    with pytest.raises(WorkspaceRefused, match="its VM still runs; stop the sandbox first"):
         attach(lab, "w1", two.vmid)
     lab.power("stop", one.vmid)
     assert attach(lab, "w1", two.vmid, ttl=600).outcome == "attached"
@@ -111,7 +109,7 @@ def test_a_guest_that_does_not_take_or_release_a_disk(lab: Lab) -> None:
     lab.pve.hotplug = True
     attach(lab, "w1", made.vmid)
     lab.pve.hotplug = False
-    with pytest.raises(Kept, match="the running guest does not let it go"):
+    with pytest.raises(Kept, match="the running guest does not release it"):
         detach(lab, "w1", wait_timeout="1s")
     assert now(lab).state == "DETACHING"
     lab.pve.hotplug = True
@@ -133,9 +131,9 @@ def test_a_vm_that_migrates_while_it_is_asked_may_have_it(lab: Lab, times: int) 
             holder.node = "pve1" if holder.node == "pve2" else "pve2"
 
     lab.pve.before = migrate
-    with pytest.raises(AgentlabError, match="VM 700 has (its volume|it attached cannot be read)"):
+    with pytest.raises(AgentlabError, match="VM 700 has its volume"):
         attach(lab, "w1", made.vmid)
-    with pytest.raises(AgentlabError, match="VM 700 has (its volume|it attached cannot be read)"):
+    with pytest.raises(AgentlabError, match="VM 700 has its volume"):
         workspace.ensure_absent(lab.context(), "w1", force=True)
     lab.pve.before = None
     assert list_mentions(lab, found) == ["700:scsi7"] and lab.pve.volumes_of(found.owner_vmid) == [found.volume]

@@ -61,9 +61,9 @@ def test_no_disk_is_pulled_out_of_a_machine_that_runs_again(lab: Lab) -> None:
     lab.power("start", made.vmid)
     time.sleep(2.1)
     drift = lab.reconcile()
-    assert [one.error for one in drift if one.error] and "which runs; detach it, or stop the sandbox" in str(
-        [one.error for one in drift]
-    )
+    assert [
+        one.error for one in drift if one.error
+    ] and "and the sandbox runs; detach the workspace again, or stop the sandbox" in str([one.error for one in drift])
     assert len(list_mentions(lab, found)) == 1 and now(lab).state == "DETACHING"
     detach(lab, "w1")
     assert_kept_whole(lab, found)
@@ -89,13 +89,13 @@ def test_what_was_taken_off_by_hand_is_not_called_attached(lab: Lab) -> None:
     slot = now(lab).slot
     assert slot is not None
     drive = vm.config.pop(slot)
-    with pytest.raises(WorkspaceRefused, match="does not have it attached any more"):
+    with pytest.raises(WorkspaceRefused, match="does not have its volume attached any more"):
         attach(lab, "w1", made.vmid)
     # Put aside is not attached either.
     vm.config["unused0"] = found.volume
-    with pytest.raises(WorkspaceRefused, match="does not have it attached any more"):
+    with pytest.raises(WorkspaceRefused, match="does not have its volume attached any more"):
         attach(lab, "w1", made.vmid, ttl=7200)
-    with pytest.raises(WorkspaceRefused, match="does not have it attached any more"):
+    with pytest.raises(WorkspaceRefused, match="does not have its volume attached any more"):
         workspace.ensure_present(lab.context(), "w1", size="12G")
     assert detach(lab, "w1").changed
     assert_kept_whole(lab, found)

@@ -83,7 +83,7 @@ def test_a_snapshot_that_contains_it_bars_detaching_and_deleting(lab: Lab) -> No
     vm.config["parent"] = "before"
     with pytest.raises(
         Kept,
-        match="snapshot 'before' of VM .* contains it .rolling back would roll it back too.; delete the snapshot first",
+        match="snapshot 'before' of VM .* contains the workspace .a rollback would roll it back, too.; delete",
     ):
         detach(lab, "w1")
     outcome = lab.destroy(made.vmid, force=True)[0]
@@ -105,7 +105,7 @@ def test_a_snapshot_counts_also_when_the_configuration_stands_on_none(lab: Lab) 
     vm = lab.pve.vm(made.vmid)
     vm.snapshots["bb"] = {**vm.config, "snaptime": 1}
     assert "parent" not in vm.config
-    with pytest.raises(Kept, match="snapshot 'bb' of VM .* contains it"):
+    with pytest.raises(Kept, match="snapshot 'bb' of VM .* contains the workspace"):
         detach(lab, "w1")
     assert lab.destroy(made.vmid, force=True)[0].reason == "workspace_in_snapshot"
     # Not its own, but one that somebody had attached by hand when the snapshot was made.
@@ -195,7 +195,7 @@ def test_a_guest_that_does_not_let_the_disk_go_leaves_a_clear_state(lab: Lab) ->
     workspace.ensure_attached(ctx, "w1", ctx.select_sandbox(made.vmid))
     lab.pve.unplug_refused = True
     try:
-        with pytest.raises(Kept, match="does not let it go. Stop the sandbox, then detach it"):
+        with pytest.raises(Kept, match="does not release it. Stop the sandbox, then detach the workspace"):
             workspace.ensure_detached(lab.context(), "w1")
         assert now(lab).state == "ATTACHED" and not lab.pve.vm(made.vmid).pending
         lab.power("stop", made.vmid)

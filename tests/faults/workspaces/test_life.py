@@ -130,7 +130,7 @@ def test_what_is_refused_before_anything_is_made(lab: Lab) -> None:
     make(lab)
     with pytest.raises(InvalidInput, match="size: workspace 'w1' has 8G, and workspaces only grow"):
         workspace.ensure_present(lab.context(), "w1", size="4G")
-    with pytest.raises(WorkspaceRefused, match="attach it to a sandbox, then let it grow"):
+    with pytest.raises(WorkspaceRefused, match="Attach the workspace to a sandbox, then run again"):
         workspace.ensure_present(lab.context(), "w1", size="9G")
     with pytest.raises(InvalidInput, match="never moved"):
         workspace.ensure_present(lab.context(), "w1", storage="shared")

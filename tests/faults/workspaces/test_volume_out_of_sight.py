@@ -31,7 +31,8 @@ def test_a_volume_that_these_credentials_do_not_see_is_not_called_gone(lab: Lab,
     grant("Datastore.Audit" if hidden == "volume" else "VM.Config.Disk")
     for dry_run in (True, False):
         with pytest.raises(
-            Kept, match="would not if it were there: .* Grant Datastore.Allocate, .* together on /storage/local-lvm"
+            Kept,
+            match="not prove that the volume is gone: .* Grant Datastore.Allocate, .* together on /storage/local-lvm",
         ):
             workspace.ensure_absent(lab.context(dry_run=dry_run), "w1", force=True)
     told = workspace.show(lab.context(), verify=True)["workspaces"][0]

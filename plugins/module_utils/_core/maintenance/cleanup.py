@@ -107,8 +107,8 @@ def _run_rules(ctx: Context, policy: rules.Policy) -> CleanupResult:
     stopped = timeguard.read_freeze(ctx)
     if stopped and not looking:
         raise Frozen(
-            f"cleanup is frozen since {stopped['at'] or 'an unknown time'} ({stopped['reason']}); look at what it "
-            "would do (dry run), then release it",
+            f"cleanup is frozen since {stopped['at'] or 'an unknown time'} ({stopped['reason']}); look at what the "
+            "rules would do (dry run), then release cleanup",
             **stopped,
         )
     report = CleanupResult(dry_run=looking)
@@ -143,7 +143,9 @@ def _run_rules(ctx: Context, policy: rules.Policy) -> CleanupResult:
     if too_many:
         freeze(ctx, too_many)
         raise GuardTripped(
-            f"{too_many}; nothing was destroyed, and cleanup is frozen until it is released", count=report.candidates
+            f"{too_many}; nothing was destroyed, and cleanup is frozen until it is released. Look at what the rules "
+            "would do (dry run), then release cleanup",
+            count=report.candidates,
         )
     for rule in policy.rules:
         mine = [sandbox for other, sandbox in chosen if other is rule]
@@ -168,7 +170,9 @@ def _choose_rules(
         if rule is None:
             continue
         if rule.action == rules.KEEP:
-            report.kept.append(Outcome.of("kept", sandbox, reason="rule", message=f"rule {rule.name!r} keeps it"))
+            report.kept.append(
+                Outcome.of("kept", sandbox, reason="rule", message=f"rule {rule.name!r} keeps sandbox {sandbox.vmid}")
+            )
             continue
         why = (
             prune.explain_too_young(sandbox, rule.after, now)
@@ -212,7 +216,7 @@ def _apply_rule(ctx: Context, rule: rules.CleanupRule, chosen: list[Sandbox], re
 def _refuse_frozen(ctx: Context, sandbox: Sandbox) -> None:
     """Raise Kept when a person has frozen cleanup during the run."""
     if timeguard.read_freeze(ctx):
-        raise Kept("changed", f"sandbox {sandbox.vmid}: cleanup was frozen while it ran; release it")
+        raise Kept("changed", f"sandbox {sandbox.vmid}: cleanup was frozen during this run; release cleanup to go on")
 
 
 def _give_creation_up(ctx: Context, rule: rules.CleanupRule, planned: Sandbox) -> Outcome:

@@ -96,12 +96,18 @@ def explain_too_young(sandbox: Sandbox, older_than: int, now: int) -> tuple[str,
     sandbox without that time is too young.
     """
     if sandbox.state_changed_at is None:
-        return "too_young", f"sandbox {sandbox.vmid} has no time at which it entered {sandbox.state}"
+        return (
+            "too_young",
+            f"the record of sandbox {sandbox.vmid} has no time at which the sandbox entered {sandbox.state}",
+        )
     age = now - sandbox.state_changed_at
     return (
         None
         if age > older_than
-        else ("too_young", f"in {sandbox.state} for {show(age)}, not longer than {show(older_than)}")
+        else (
+            "too_young",
+            f"sandbox {sandbox.vmid} is in {sandbox.state} for {show(age)}, not longer than {show(older_than)}",
+        )
     )
 
 
@@ -157,7 +163,7 @@ def execute(
                 raise Kept(
                     "changed",
                     f"sandbox {current.vmid} was {planned.state} when the {operation} was planned and is "
-                    f"{current.state} now",
+                    f"{current.state} now; run again",
                 )
 
         return destroy.Request(operation=operation, force=True, claim_wait=0, recheck=recheck)

@@ -196,8 +196,8 @@ def _refuse_mass_absence(ctx: Context, drifts: list[Drift], live: int) -> None:
     if absent >= _GUARD_FROM and absent * 100 > ctx.config.absent_guard * live:
         raise GuardTripped(
             f"{absent} of {live} sandboxes are absent at once (absent_guard is {ctx.config.absent_guard} %); "
-            "nothing was written. Check that api_host leads to the right cluster, then prune or destroy what is "
-            "really gone",
+            "nothing was written. Check that api_host leads to the right cluster, then prune or destroy the sandboxes "
+            "whose VMs are really gone",
             drift=[drift.public() for drift in drifts],
             count=len(drifts),
         )
@@ -444,7 +444,7 @@ def _refuse_chosen(ctx: Context, entry: JournalEntry) -> None:
     Since then the rules may have been changed or frozen, or the clock may have jumped.
     """
     if entry.destroy.operation == "cleanup":
-        raise Kept("rule", "a cleanup rule had chosen it; the next run of the rules decides anew")
+        raise Kept("rule", "a cleanup rule had chosen the sandbox; the next run of the rules decides again")
     if entry.destroy.operation == "prune" and (pause_reason := timeguard.explain_pause(ctx)):
         raise Kept("clock_jumped", pause_reason)
 
@@ -456,7 +456,7 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
     """
     with ctx.claim_sandbox(sandbox, "reconcile", wait=0) as (claim, current):
         if current.state != sandbox.state:
-            raise Kept("changed", f"sandbox {sandbox.vmid} was {sandbox.state} and is {current.state} now")
+            raise Kept("changed", f"sandbox {sandbox.vmid} was {sandbox.state} and is {current.state} now; run again")
         unfinished = claim.interrupted
         created = unfinished.creation if unfinished else None
         bound = current.smbios_uuid is not None or removal.was_never_cloned(current, created)
@@ -500,7 +500,7 @@ def _compare_sandbox(
     except ProxmoxError as error:
         return Drift("unknown", "none", {"why": error.message}, sandbox)
     if located.verdict is None:
-        return Drift("unknown", "none", {"why": "it vanished from the list while it was looked at"}, sandbox)
+        return Drift("unknown", "none", {"why": "the VM vanished from the list while it was read"}, sandbox)
     if located.verdict.identity == identity.FOREIGN:
         return _find_absence_drift(ctx, sandbox, "vmid_reused", located.verdict.evidence)
     if located.verdict.identity == identity.UNKNOWN:
@@ -615,7 +615,7 @@ def _find_power_drift(ctx: Context, sandbox: Sandbox, located: Located) -> Drift
     if sandbox.state == states.STOPPED and vm_state == states.RUNNING:
         return Drift(
             "running",
-            "none: somebody started it, and no lease ends it; start the sandbox, then stop it or renew its lease",
+            "none: somebody started the VM, and no lease ends it; start the sandbox, then stop it or renew its lease",
             evidence,
             sandbox,
         )
@@ -757,10 +757,10 @@ def _find_unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[S
             return None
         return Drift(
             "unrecorded",
-            "none: another database made it, inside our vmid_range; give each database a range of its own. Only if "
-            "that database is lost, look at it, and remove it by hand if nobody needs it"
+            "none: another database made this VM, inside our vmid_range; give each database a range of its own. Only "
+            "if that database is lost, look at the VM, and remove it by hand if nobody needs it"
             if other_databases
-            else "none: look at it, and remove it by hand if nobody needs it",
+            else "none: look at the VM, and remove it by hand if nobody needs it",
             {
                 "node": row.get("node"),
                 "name": row.get("name"),

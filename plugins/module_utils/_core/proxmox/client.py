@@ -211,7 +211,8 @@ class ProxmoxClient:
         rows = self.get(path, **params)
         if not isinstance(rows, list) or not all(isinstance(item, dict) for item in rows):
             raise OutcomeUnknown(
-                f"GET /{path}: the answer is not a list, so nothing is known; is api_host a Proxmox node?", path=path
+                f"GET /{path}: the answer is not a list, so nothing is known; check that api_host is a Proxmox node",
+                path=path,
             )
         return rows
 
@@ -220,7 +221,8 @@ class ProxmoxClient:
         answer = self.get(path, **params)
         if not isinstance(answer, dict):
             raise OutcomeUnknown(
-                f"GET /{path}: the answer is not an object, so nothing is known; is api_host a Proxmox node?", path=path
+                f"GET /{path}: the answer is not an object, so nothing is known; check that api_host is a Proxmox node",
+                path=path,
             )
         return answer
 

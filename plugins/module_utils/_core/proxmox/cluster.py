@@ -90,8 +90,8 @@ class Cluster:
                 row = next((row for row in rows if row.get("type") == "quorum"), None)
                 if row is None or "quorate" not in row:
                     raise OutcomeUnknown(
-                        "GET /cluster/ha/status/current says nothing of quorum, so nothing is known; is api_host a "
-                        "Proxmox node?"
+                        "GET /cluster/ha/status/current: the answer does not name the quorum, so nothing is known; "
+                        "check that api_host is a Proxmox node"
                     )
                 self._quorum = (self._clock.monotonic(), row)
             return self._quorum[1]
@@ -106,8 +106,8 @@ class Cluster:
         if str(row.get("quorate")) not in ("1", "True", "true"):
             raise Kept(
                 "unknown",
-                "the cluster has no quorum; nothing is deleted and nothing is known to be gone until it has (pvecm "
-                "status)",
+                "the cluster has no quorum; until it has, nothing is deleted and no VM counts as gone. Look at pvecm "
+                "status, then run again",
             )
         return {"quorum": "quorate", "node": row.get("node"), "status": str(row.get("status"))[:200]}
 
@@ -170,9 +170,8 @@ class Cluster:
             if not sound:
                 raise Kept(
                     "unknown",
-                    "the records' note of their cluster is damaged (meta.value of key cluster), so nothing is "
-                    "concluded from this one; run agentlab_reconcile with adopt_cluster=true once, when this is the "
-                    "right cluster",
+                    "the records' note of their cluster is damaged (meta.value of key cluster), so no VM counts as "
+                    "gone; if api_host leads to the right cluster, run agentlab_reconcile with adopt_cluster=true once",
                 )
             if known and known["authority"] and known["authority"] == self._client.read_trusted_authority():
                 # The connection itself is the proof: TLS accepts only nodes signed by that cluster's authority.
@@ -183,8 +182,8 @@ class Cluster:
                 if not creating:
                     raise Kept(
                         "unknown",
-                        "these records do not know yet which cluster they belong to (the first creation notes it), so "
-                        "nothing is concluded from this one",
+                        "these records do not know yet which cluster they belong to, so no VM counts as gone; the "
+                        "first creation of a sandbox or workspace notes the cluster",
                     )
                 self._records.set_meta("cluster", json.dumps(actual))
             else:
@@ -194,7 +193,7 @@ class Cluster:
                     raise Kept(
                         "unknown",
                         "the cluster's certificate authority cannot be read, so it is not certain that these records "
-                        "belong to it",
+                        "belong to the cluster; set ca_path to the CA certificate of the cluster, or run again",
                     )
                 else:
                     # A single node (without a cluster name) may have joined a cluster. Its node name stays the same.
@@ -204,11 +203,10 @@ class Cluster:
                 if not same:
                     raise Kept(
                         "unknown",
-                        f"this is not the cluster these records belong to (they know {_format_identity(known)}, "
-                        f"api_host leads to {_format_identity(actual)}); correct api_host or database; if it is the "
-                        "same cluster with a new certificate authority, or a node that joined one, run "
-                        "agentlab_reconcile with "
-                        "adopt_cluster=true once",
+                        f"api_host leads to another cluster than that of these records (they know "
+                        f"{_format_identity(known)}, api_host leads to {_format_identity(actual)}); correct api_host "
+                        "or database. If it is the same cluster with a new certificate authority, or a node that "
+                        "joined a cluster, run agentlab_reconcile with adopt_cluster=true once",
                     )
                 if known != actual and actual["authority"]:
                     self._records.set_meta("cluster", json.dumps(actual))
@@ -423,7 +421,10 @@ class Cluster:
             return Presence(None, error.message, {})
         if str(free) != str(vmid):
             return Presence(
-                None, f"GET /cluster/nextid answered {str(free)[:40]!r} for {vmid}, so nothing is known", {}
+                None,
+                f"GET /cluster/nextid answered {str(free)[:40]!r} for {vmid}, so nothing is known; check that api_host "
+                "is a Proxmox node",
+                {},
             )
         return Presence(True, f"Proxmox says that VMID {vmid} is free", {**quorum, "proof": "nextid"})
 
@@ -464,7 +465,9 @@ def _index_by_vmid(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     try:
         return {int(row["vmid"]): {name: row[name] for name in _LOOKED_AT if name in row} for row in rows}
     except (KeyError, TypeError, ValueError):
-        raise OutcomeUnknown("GET /cluster/resources: entries without a vmid; is api_host a Proxmox node?") from None
+        raise OutcomeUnknown(
+            "GET /cluster/resources: an entry has no vmid, so nothing is known; check that api_host is a Proxmox node"
+        ) from None
 
 
 def _list_rights(permissions: dict[str, Any], path: str) -> dict[str, Any]:

@@ -182,8 +182,8 @@ class Https:
         if too_deep and answers.is_from_guest(path):
             return answers.make_guest_error(method, path, self._settings)
         return OutcomeUnknown(
-            f"{method} /{path} on {self._settings.where}: the answer is not what Proxmox sends; is api_host a Proxmox "
-            "node?",
+            f"{method} /{path} on {self._settings.where}: the answer is not what Proxmox sends; check that api_host is "
+            "a Proxmox node",
             method=method,
             path=path,
         )
@@ -247,7 +247,7 @@ class Https:
             if is_out_of_descriptors(error):
                 raise answers.make_descriptor_error(path) from None
             # requests reads the file in ca_path before it connects.
-            raise Unreachable(f"{where}: {error}; is ca_path right?", path=path) from None
+            raise Unreachable(f"{where}: {error}; check ca_path", path=path) from None
 
     def _make_tls_error(self, method: str, path: str, error: Exception) -> ProxmoxError:
         """Return Unreachable for a refused certificate or a port without TLS; OutcomeUnknown for a cut connection."""
@@ -266,7 +266,7 @@ class Https:
             )
         if _NO_TLS in text:
             return Unreachable(
-                f"{settings.where} does not speak TLS, so nothing was asked; check api_host and api_port (Proxmox VE "
+                f"{settings.where} does not speak TLS, so no request was sent; check api_host and api_port (Proxmox VE "
                 f"listens on 8006){self._describe_proxy()}",
                 path=path,
             )
@@ -315,7 +315,7 @@ class Https:
                 path=path,
             )
         return Unreachable(
-            f"the proxy {shown} of {name} is of no kind that can be used; give http://HOST:PORT, or put "
+            f"the proxy {shown} of {name} cannot be used. Valid: http://HOST:PORT; correct {name}, or put "
             f"{self._settings.api_host} into NO_PROXY",
             path=path,
         )
@@ -398,7 +398,7 @@ class _Adapter(HTTPAdapter):
             content += chunk
             if len(content) > answers.LARGEST_ANSWER:
                 response.close()
-                raise _TooLarge("the answer is larger than any of Proxmox", response=response)
+                raise _TooLarge("the answer is larger than any answer of Proxmox", response=response)
         response._content = bytes(content)
         length = response.headers.get("Content-Length", "")
         if length.isdecimal() and "Content-Encoding" not in response.headers and len(content) < int(length):
@@ -408,7 +408,7 @@ class _Adapter(HTTPAdapter):
             # requests would follow a redirect with the token to another host, and turn a POST into a GET. A redirect
             # without a target would look like success with an empty answer.
             raise requests.exceptions.TooManyRedirects(
-                "redirected elsewhere; set api_host to the Proxmox node itself", response=response
+                "the request was redirected; set api_host to the Proxmox node itself", response=response
             )
         if response.status_code >= 400:
             response.reason = _read_sentence(response._content) or response.reason

@@ -158,7 +158,7 @@ class Pvesh:
             encoded = [b"\0"]
         if any(b"\0" in word for word in encoded):
             raise InvalidInput(
-                f"{method} /{clean_path(path)}: a value has characters that no program can be given; remove them"
+                f"{method} /{clean_path(path)}: a value has a NUL or a character that UTF-8 cannot encode; remove it"
             )
         return encoded
 
@@ -209,7 +209,7 @@ class Pvesh:
                         raise answers.make_timeout_error(method, path, settings) from None
                     raise OutcomeUnknown(
                         f"{method} /{path} on {settings.where}: pvesh did not end within {seconds} s (wait_timeout); "
-                        "it goes on, and whether it will be carried out is not known. Run again to find out",
+                        "the request goes on, and its outcome is not known. Run again to find out",
                         method=method,
                         path=path,
                         timed_out=True,
@@ -223,7 +223,7 @@ class Pvesh:
                         raise answers.make_guest_error(method, path, settings)
                     raise OutcomeUnknown(
                         f"{method} /{path} on {settings.where}: the answer has more than {answers.LARGEST_ANSWER} "
-                        "bytes, which no answer of Proxmox has",
+                        "bytes, which no answer of Proxmox has; look at what pvesh prints",
                         method=method,
                         path=path,
                     )

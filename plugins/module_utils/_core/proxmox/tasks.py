@@ -37,7 +37,8 @@ def read_node(upid: str) -> str:
     parts = upid.split(":")
     if len(parts) < 9 or parts[0] != "UPID" or not parts[1]:
         raise OutcomeUnknown(
-            f"Proxmox answered {upid[:80]!r} where a task id was expected; whether anything was done is not known"
+            f"Proxmox answered {upid[:80]!r} where a task id was expected; whether the request was carried out is not "
+            "known, run again"
         )
     return parts[1]
 
@@ -113,8 +114,8 @@ class TaskWaiter:
                     remaining = deadline - self._clock.monotonic()
                     if remaining <= 0:
                         raise TaskTimeout(
-                            f"{label}: task {upid} on node {node} did not end within {timeout:g} s (wait_timeout); it "
-                            "goes on there, run again to take it up, or stop it there if it "
+                            f"{label}: task {upid} on node {node} did not end within {timeout:g} s (wait_timeout); the "
+                            "task goes on there. Run again to continue with it, or stop the task there if it "
                             f"hangs{self._last_problem.get(node, '')}",
                             upid=upid,
                             node=node,
@@ -196,7 +197,7 @@ class TaskWaiter:
             if error.status == 403:
                 single = list(awaited)
         except ProxmoxError as error:
-            self._last_problem[node] = f" (the last look at it failed: {error.message})"
+            self._last_problem[node] = f" (the last poll failed: {error.message})"
             return ended, errors
         for upid in single:
             try:
@@ -216,7 +217,7 @@ class TaskWaiter:
                         node=node,
                     )
             except (ProxmoxError, InvalidInput) as error:
-                self._last_problem[node] = f" (the last look at it failed: {error.message})"
+                self._last_problem[node] = f" (the last poll failed: {error.message})"
         return ended, errors
 
     def _look_once(self, upid: str, node: str) -> str | None:

@@ -109,11 +109,17 @@ def ensure_present(
         return _create(ctx, name, size_bytes, storage, node)
     if storage is not None and storage != disk.storage:
         raise InvalidInput(
-            f"storage: {disk.title} is on {disk.storage!r} and is never moved", option="storage", value=storage
+            f"storage: {disk.title} is on {disk.storage!r}, and a workspace is never moved; give that storage, or "
+            "leave the option out",
+            option="storage",
+            value=storage,
         )
     if node is not None and disk.node is not None and node != disk.node:
         raise InvalidInput(
-            f"node: {disk.title} is on {disk.node!r} (local storage) and is never moved", option="node", value=node
+            f"node: {disk.title} is on {disk.node!r} (local storage), and a workspace is never moved; give that node, "
+            "or leave the option out",
+            option="node",
+            value=node,
         )
     if disk.state == store.CREATING:
         return (
@@ -125,7 +131,9 @@ def ensure_present(
         return WorkspaceResult("unchanged", disk)
     if size_bytes < disk.size:
         raise InvalidInput(
-            f"size: {disk.title} has {show_size(disk.size)}, and workspaces only grow", option="size", value=str(size)
+            f"size: {disk.title} has {show_size(disk.size)}, and workspaces only grow; give that size or more",
+            option="size",
+            value=str(size),
         )
     return _grow(ctx, disk, size_bytes)
 
@@ -133,7 +141,7 @@ def ensure_present(
 def _create(ctx: Context, name: str, size: int | None, storage: str | None, node: str | None) -> WorkspaceResult:
     """Reserve a record with an owner VMID, and create the volume. ``size`` is in bytes. Raises InvalidInput."""
     if size is None:
-        raise InvalidInput(f"size: missing; a new workspace ({name!r}) needs one, such as 20G", option="size")
+        raise InvalidInput(f"size: missing; a new workspace ({name!r}) needs a size, such as 20G", option="size")
     storage = storage or ctx.config.storage
     if storage is None:
         raise InvalidInput(
@@ -216,8 +224,8 @@ def _allocate(ctx: Context, disk: Workspace, node: str | None = None, *, first: 
             if not first:
                 # Proxmox may still carry out an earlier request.
                 raise WorkspaceRefused(
-                    f"{error.message}; agentlab_reconcile gives this one up once its volume can come no more "
-                    "(doubt_window), and a run after that takes another VMID"
+                    f"{error.message}; agentlab_reconcile gives this creation up once Proxmox VE can no longer make "
+                    "its volume (doubt_window), and a run after that takes another VMID"
                 ) from None
             _give_creation_up(ctx, disk, error)
             raise WorkspaceRefused(f"{error.message}; run again for another VMID") from None
@@ -259,7 +267,7 @@ def _require_free_owner(ctx: Context, disk: Workspace, node: str) -> None:
     if volumes:
         raise WorkspaceRefused(
             f"{disk.title}: storage {disk.storage!r} has a volume of VMID {disk.owner_vmid} already "
-            f"({volumes[0].get('volid')}); look at whose it is"
+            f"({volumes[0].get('volid')}); find out whose volume that is"
         )
 
 
@@ -279,8 +287,8 @@ def _grow(ctx: Context, disk: Workspace, size_bytes: int) -> WorkspaceResult:
     """Resize an attached workspace to ``size_bytes``. Raises WorkspaceRefused for a workspace that is not attached."""
     if disk.state != store.ATTACHED or disk.sandbox_uuid is None:
         raise WorkspaceRefused(
-            f"size: {disk.title} is {disk.state}; Proxmox VE resizes disks of VMs only, so attach it to a sandbox, "
-            "then let it grow"
+            f"size: {disk.title} is {disk.state}; Proxmox VE resizes disks of VMs only. Attach the workspace to a "
+            "sandbox, then run again"
         )
     if ctx.dry_run:
         return WorkspaceResult("would_grow", disk, True)
@@ -355,7 +363,7 @@ def ensure_attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None 
                     _free_refused(ctx, claim, current, assigned, error)
                 except Kept as still:
                     raise WorkspaceRefused(
-                        f"{error.message}. Until that is certain nobody else gets it: {still.message}",
+                        f"{error.message}. Until that is certain, no other sandbox gets the workspace: {still.message}",
                         vmid=current.vmid,
                     ) from None
             raise
@@ -434,7 +442,8 @@ def ensure_detached(ctx: Context, which: str, *, only_stopped: bool = False) -> 
         refuse_locked(current, located)
         if only_stopped and power.read_status(ctx, located).get("status") != "stopped":
             raise WorkspaceRefused(
-                f"{disk.title}: the lease of sandbox {current.vmid} on it is over, but its VM still runs; stop it first"
+                f"{disk.title}: the lease of sandbox {current.vmid} on it is over, but its VM still runs; stop "
+                "the sandbox first"
             )
         return WorkspaceResult("detached", detach_volume(ctx, claim, current, located, disk), True)
 
@@ -468,13 +477,15 @@ def ensure_absent(ctx: Context, which: str, *, force: bool) -> WorkspaceResult:
     having = find_attached_vms(ctx, disk)
     if having:
         raise WorkspaceRefused(
-            f"{disk.title}: VM {having[0]} has its volume {disk.volume} attached; it was not deleted", vmid=having[0]
+            f"{disk.title}: VM {having[0]} has its volume {disk.volume} attached; the workspace was not deleted. "
+            "Take the disk off that VM first",
+            vmid=having[0],
         )
     proof = ctx.cluster.prove_absent([disk.owner_vmid])[disk.owner_vmid]
     if not proof.absent:
         raise WorkspaceRefused(
             f"{disk.title}: VMID {disk.owner_vmid}, which owns its volume, is not proven to be free ({proof.why}); "
-            "it was not deleted"
+            "the workspace was not deleted"
         )
     if disk.state != store.DELETING:
         # Raise Kept now if the storage cannot show the volume: the state DELETING has no way back.
@@ -605,8 +616,8 @@ def finish(ctx: Context, disk: Workspace) -> Workspace:
             # A destroy may have been given up, and its sandbox be in use again. Never take a disk from a running VM.
             raise Kept(
                 "workspace",
-                f"{disk.title}: it was being taken off sandbox {current.vmid}, which runs; detach it, or stop the "
-                "sandbox",
+                f"{disk.title}: a run that detached it from sandbox {current.vmid} was cut off, and the sandbox runs; "
+                "detach the workspace again, or stop the sandbox",
                 vmid=current.vmid,
             )
         return detach_volume(ctx, claim, current, located, disk) if disk.state != store.ATTACHED else disk

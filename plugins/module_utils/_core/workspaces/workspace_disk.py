@@ -146,8 +146,8 @@ def _require_sight(ctx: Context, disk: Workspace, node: str) -> None:
     PVE::Storage (volume_list, check_volume_access) sets the conditions.
     """
     unseen = (
-        f"{disk.title}: storage {disk.storage!r} does not list its volume {disk.volume}, but it would not if it "
-        "were there"
+        f"{disk.title}: storage {disk.storage!r} does not list its volume {disk.volume}, which does not prove that the "
+        "volume is gone"
     )
     row = next(
         (row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == disk.storage), None
@@ -177,7 +177,7 @@ def find_node(ctx: Context, disk: Workspace) -> str:
     for node in online:
         if any(row.get("storage") == disk.storage for row in ctx.client.get_list(f"nodes/{node}/storage")):
             return node
-    raise WorkspaceRefused(f"{disk.title}: no node that is online has its storage {disk.storage!r}")
+    raise WorkspaceRefused(f"{disk.title}: no online node has its storage {disk.storage!r}; bring such a node back")
 
 
 def find_attached_vms(ctx: Context, disk: Workspace) -> list[int]:
@@ -199,7 +199,8 @@ def find_attached_vms(ctx: Context, disk: Workspace) -> list[int]:
             except ProxmoxError as error:
                 if not isinstance(error, ApiError) or "does not exist" not in error.text:
                     raise Kept(
-                        "unknown", f"{disk.title}: whether VM {vmid} has it attached cannot be read: {error.message}"
+                        "unknown",
+                        f"{disk.title}: whether VM {vmid} has its volume attached cannot be read: {error.message}",
                     ) from None
                 # "does not exist" proves only that the VM is not on that node. The VM may be gone, or migrated.
                 again = ctx.cluster.list_vms(fresh=True).get(vmid)
@@ -210,8 +211,8 @@ def find_attached_vms(ctx: Context, disk: Workspace) -> list[int]:
             return vmid if find_keys(listed, disk.volume) else None
         raise Kept(
             "unknown",
-            f"{disk.title}: whether VM {vmid} has it attached cannot be read: it is not on the node that lists it "
-            "(is it being migrated?); run again",
+            f"{disk.title}: whether VM {vmid} has its volume attached cannot be read: the VM is not on the node that "
+            "the cluster's list names (it may be migrating); run again",
         )
 
     having = sorted(vmid for vmid in ctx.run_each(look, rows) if vmid is not None)
@@ -259,8 +260,8 @@ def find_slot(ctx: Context, sandbox: Sandbox, located: Located, disk: Workspace)
     slot = _find_slot_in_use(read_drives(ctx, str(located.node), sandbox.vmid), disk.volume)
     if slot is None:
         raise WorkspaceRefused(
-            f"{disk.title}: sandbox {sandbox.vmid} does not have it attached any more (was it taken off by hand?); "
-            "detach it, then attach it again",
+            f"{disk.title}: VM {sandbox.vmid} does not have its volume attached any more (somebody may have removed "
+            "the disk); detach the workspace, then attach it again",
             vmid=sandbox.vmid,
         )
     return slot
@@ -281,7 +282,10 @@ def assign(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, ttl: i
         raise make_held_error(ctx, disk)
     other = open_records(ctx).find_of_sandbox(sandbox.uuid)
     if other is not None:
-        raise WorkspaceRefused(f"sandbox {sandbox.vmid} has {other.title} already; a sandbox has one workspace at most")
+        raise WorkspaceRefused(
+            f"sandbox {sandbox.vmid} has {other.title} already; a sandbox has one workspace at most. Detach that "
+            "one first"
+        )
     until = sandbox.lease_expires_at if ttl is None else ctx.clock.now() + ttl
     return open_records(ctx).change(
         disk,
@@ -305,8 +309,8 @@ def make_held_error(ctx: Context, disk: Workspace) -> WorkspaceRefused:
         if disk.state in (store.ATTACHING, store.DETACHING):
             doing = "attached to" if disk.state == store.ATTACHING else "taken off"
             return WorkspaceRefused(
-                f"{disk.title} is just being {doing} sandbox {disk.vmid} ({disk.sandbox}). Wait for that to end; "
-                "if it was cut off, run its task again or agentlab_reconcile, which finishes it",
+                f"{disk.title} is just being {doing} sandbox {disk.vmid} ({disk.sandbox}). Wait for that to end. "
+                "If that run was cut off, repeat it, or run agentlab_reconcile, which finishes it",
                 vmid=disk.vmid,
                 lease_expires_at=until,
             )
@@ -316,7 +320,7 @@ def make_held_error(ctx: Context, disk: Workspace) -> WorkspaceRefused:
             vmid=disk.vmid,
             lease_expires_at=until,
         )
-    return WorkspaceRefused(f"{disk.title} is {disk.state}; run its task again to finish that first")
+    return WorkspaceRefused(f"{disk.title} is {disk.state}; repeat the task that began this, to finish it first")
 
 
 def assign_to_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str | None) -> Workspace | None:
@@ -369,8 +373,8 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
     other_vmids = [vmid for vmid in find_attached_vms(ctx, disk) if vmid != sandbox.vmid]
     if other_vmids:
         raise WorkspaceRefused(
-            f"{disk.title}: VM {other_vmids[0]} has its volume {disk.volume} attached, though by no record of ours; it "
-            "was not attached a second time. Take it off there first",
+            f"{disk.title}: VM {other_vmids[0]} has its volume {disk.volume} attached, without a record of ours; the "
+            "volume was not attached a second time. Take the disk off that VM first",
             vmid=other_vmids[0],
         )
     listed = read_drives(ctx, node, sandbox.vmid)
@@ -378,7 +382,9 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
     if slot is None:
         free = next((key for key in _SLOTS if key not in listed and key not in located.config), None)
         if free is None:
-            raise WorkspaceRefused(f"sandbox {sandbox.vmid} has no free slot for a disk")
+            raise WorkspaceRefused(
+                f"sandbox {sandbox.vmid} has no free slot for a disk (scsi1 to scsi30); remove a disk from its VM first"
+            )
         disk = open_records(ctx).change(disk, "attach", claim=claim, outcome="decided", reason="attaching", slot=free)
         # Backups and replication of a throw-away VM must not include the workspace.
         drive = f"{disk.volume},backup=0,replicate=0,serial={disk.serial},size={show_size(disk.size)}"
@@ -399,8 +405,9 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
     if used is None:
         if slot.startswith("unused"):
             raise WorkspaceRefused(
-                f"{disk.title}: VM {sandbox.vmid} has it put aside as {slot}; take it off there (qm set "
-                f"{sandbox.vmid} --delete {slot}; Proxmox VE removes only what the VM's own VMID owns), then attach it",
+                f"{disk.title}: VM {sandbox.vmid} has its volume as the unused disk {slot}; remove that entry (qm set "
+                f"{sandbox.vmid} --delete {slot}; Proxmox VE deletes only volumes that the VM's own VMID owns), then "
+                "attach the workspace",
                 vmid=sandbox.vmid,
             )
         # This run or an earlier one has left the disk pending for the next start. Revert that, so that no disk is half
@@ -410,8 +417,8 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
             ctx, sandbox, located, lambda now: ctx.client.put(f"{now.path}/config", revert=slot, digest=now.digest)
         )
         raise WorkspaceRefused(
-            f"{disk.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the "
-            "sandbox, then attach it"
+            f"{disk.title}: the running VM {sandbox.vmid} did not take the disk (hotplug for disks may be off); stop "
+            "the sandbox, then attach the workspace"
         )
     slot = used
     attached = open_records(ctx).change(
@@ -442,8 +449,8 @@ def refuse_snapshots(ctx: Context, sandbox: Sandbox, located: Located, disk: Wor
     if names:
         raise Kept(
             "workspace_in_snapshot",
-            f"{disk.title}: snapshot {names[0]!r} of VM {sandbox.vmid} contains it (rolling back would roll it back "
-            f"too); delete the snapshot first (qm delsnapshot {sandbox.vmid} {names[0]})",
+            f"{disk.title}: snapshot {names[0]!r} of VM {sandbox.vmid} contains the workspace (a rollback would roll "
+            f"it back, too); delete the snapshot first (qm delsnapshot {sandbox.vmid} {names[0]})",
             vmid=sandbox.vmid,
         )
 
@@ -482,8 +489,8 @@ def detach_volume(
             raise Kept(
                 "workspace",
                 f"{disk.title}: its volume {disk.volume} is owned by the VMID of sandbox {sandbox.vmid} itself, so "
-                "Proxmox VE may delete it when it is taken off; it was left where it is. Move its data to another "
-                "workspace",
+                "Proxmox VE may delete the volume when it is detached; the volume was left attached. Move its data to "
+                "another workspace",
                 vmid=sandbox.vmid,
             )
 
@@ -552,8 +559,8 @@ def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, 
         )
     raise Kept(
         "workspace",
-        f"{disk.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not let it go. "
-        "Stop the sandbox, then detach it",
+        f"{disk.title}: VM {sandbox.vmid} still has the disk after a detachment; the running guest does not release "
+        "it. Stop the sandbox, then detach the workspace",
         vmid=sandbox.vmid,
     )
 
@@ -581,8 +588,8 @@ def _await_release(ctx: Context, node: str, sandbox: Sandbox, disk: Workspace) -
     if waiting.wait_for_result(ctx.clock, patience, look, pause=0.5, longest=0.5) is None:
         raise Kept(
             "workspace",
-            f"{disk.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not "
-            "let it go. Stop the sandbox, then detach it",
+            f"{disk.title}: VM {sandbox.vmid} still has the disk after a detachment; the running guest does not "
+            "release it. Stop the sandbox, then detach the workspace",
             vmid=sandbox.vmid,
         )
 
