@@ -110,7 +110,7 @@ def test_control_c_says_that_the_daemon_goes_on(daemon: StandIn) -> None:
     )
     assert status == 130
     assert shown.replace("\r\n", "\n").endswith(
-        "\x1b[K\nError: interrupted. What the daemon had begun it goes on with; see 'agentlab sandbox list'\n"
+        "\x1b[K\nError: interrupted. The daemon finishes what it has begun; see 'agentlab sandbox list'\n"
     )
     assert "Traceback" not in shown
 

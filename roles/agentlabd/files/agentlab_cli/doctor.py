@@ -28,28 +28,34 @@ from .text import format_cell, join_lines
         "agentlab doctor --bundle agentlab-bundle.json",
     ),
     notes=(
-        "It only reads. The exit status is 1 when there is a problem; warnings, and what",
-        "could not be looked at, are none.",
-        "The bundle is for bug reports: findings, configuration, sandboxes, the last",
-        "events. No password or secret is in it, and the file is yours alone (mode 0600).",
+        "The doctor only reads. The exit status is 1 if there is a problem. A",
+        "warning, or a check that could not be made, is not a problem.",
+        "The bundle for a bug report has the findings, the configuration, the",
+        "sandboxes and the last events. It has no passwords or secrets, and only you",
+        "can read the file (mode 0600).",
     ),
 )
 @click.option(
-    "--template", metavar="<template>", help="VMID or name of a template to look at, instead of the configured one."
+    "--template", metavar="<template>", help="VMID or name of the template to check. Default: the configured template."
 )
 @click.option(
     "--bundle",
     metavar="<file>",
     type=click.Path(dir_okay=False),
-    help="Write a bundle for a bug report; what is there is replaced.",
+    help="Write a bundle for a bug report to this file. An existing file is replaced.",
 )
-@click.option("--bundle-hosts", is_flag=True, help="Leave names and addresses of hosts, nodes and VMs in the bundle.")
+@click.option(
+    "--bundle-hosts", is_flag=True, help="Keep the names and addresses of hosts, nodes and VMs in the bundle."
+)
 @settings
 def doctor(to: Settings, template: str | None, bundle: str | None, bundle_hosts: bool) -> None:
-    """Look at everything sandboxes depend on, and say what to do."""
+    """Check configuration, records, Proxmox VE and daemon.
+
+    For each problem, print what to do next.
+    """
     if bundle_hosts and not bundle:
         raise click.UsageError("--bundle-hosts is for --bundle")
-    with Progress(lambda: "looking at configuration, records, Proxmox VE and daemon", enabled=not to.json):
+    with Progress(lambda: "checking configuration, records, Proxmox VE and daemon", enabled=not to.json):
         answer = to.client.get_patiently(
             "doctor",
             template=template,

@@ -265,7 +265,7 @@ def _make_global_options() -> list[click.Parameter]:
             is_flag=True,
             expose_value=False,
             callback=_make_saver("json"),
-            help="Print the daemon's answer as it is, for programs; indented on a terminal.",
+            help="Print the daemon's answer as JSON, for programs. On a terminal the JSON is indented.",
         ),
         _Global(
             ["--timeout"],
@@ -273,8 +273,8 @@ def _make_global_options() -> list[click.Parameter]:
             type=DURATION,
             expose_value=False,
             callback=_make_saver("timeout"),
-            help="How long to wait for the daemon's whole answer: seconds, or 1500ms, 90s, 30m, 2h; 0 for no limit. "
-            "Default: 30s to look, 1h to work.",
+            help="Longest time to wait for the daemon's whole answer: seconds, or 1500ms, 90s, 30m, 2h; 0 for no "
+            "limit. Default: 30s for a short read, 1h for all other requests.",
         ),
     ]
 

@@ -80,13 +80,14 @@ RUN_ID = RunId()
         "agentlab sandbox exec logs --follow 1009/3f2a9c0b1d7e4e55a1b2c3d4e5f60718",
     ),
     notes=(
-        "The command runs through the guest agent: no address and no SSH is needed.",
-        "Its exit status becomes that of this command; 128 and the signal's number",
-        "after a signal. Ctrl-C ends it in the guest.",
+        "The command runs through the guest agent, and needs neither an address nor",
+        "SSH. agentlab exits with the exit status of the command, or with 128 plus",
+        "the number of the signal that ended it. Ctrl-C ends the command in the",
+        "guest.",
     ),
 )
 def exec_() -> None:
-    """Run a command inside a sandbox, and look after those that go on by themselves."""
+    """Run and manage commands inside a sandbox."""
 
 
 @exec_.command(
@@ -98,26 +99,29 @@ def exec_() -> None:
         "agentlab sandbox exec --stdin 1009 -- tee /etc/motd < motd.txt",
     ),
 )
-@click.option("--detach", "-d", is_flag=True, help="Print the id as soon as it runs; it goes on by itself.")
-@click.option("--user", "-u", metavar="<user>", help="User of the guest. Default: root.")
-@click.option("--chdir", "-w", metavar="<folder>", help="Folder of the guest to run it in.")
+@click.option("--detach", "-d", is_flag=True, help="Run the command in the background: print its id and exit.")
+@click.option("--user", "-u", metavar="<user>", help="User in the guest that runs the command. Default: root.")
+@click.option("--chdir", "-w", metavar="<folder>", help="Working directory in the guest.")
 @click.option(
     "--env",
     "-e",
     "environment",
     metavar="<name>=<value>",
     multiple=True,
-    help="Variable of its environment; may be given several times. A name alone takes the value from here.",
+    help="Environment variable of the command. May be repeated. A name alone takes its value from the local "
+    "environment.",
 )
-@click.option("--stdin", "-i", "with_stdin", is_flag=True, help="Read standard input to its end and give it on.")
+@click.option(
+    "--stdin", "-i", "with_stdin", is_flag=True, help="Read standard input to its end and pass it to the command."
+)
 @click.option(
     "--limit",
     type=DURATION,
     metavar="<duration>",
     default=0,
-    help="End it after this time: seconds, or 90s, 30m, 2h. Default: none; it ends with the sandbox.",
+    help="End the command after this time: seconds, or 90s, 30m, 2h. Default: no limit; it ends with the sandbox.",
 )
-@click.option("--raw", is_flag=True, help="Write control characters to the terminal as they come.")
+@click.option("--raw", is_flag=True, help="Write control characters to the terminal unchanged.")
 @click.argument("vmid", type=VMID, metavar="<vmid>")
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="<command>...")
 @settings
@@ -135,8 +139,8 @@ def run(
 ) -> None:
     """Run a command inside a sandbox.
 
-    Standard output and standard error come as the command writes them, about once a second. No shell looks at the
-    words: for pipes and variables run sh -c '...'.
+    New output is shown about once a second, on standard output and standard error as in the guest. The command runs
+    without a shell: for pipes and variables use sh -c '...'.
     """
     body: dict[str, Any] = {
         "argv": [_require_utf8(word) for word in argv],
@@ -162,7 +166,7 @@ def run(
 @click.argument("vmid", type=VMID, metavar="<vmid>")
 @settings
 def list_(to: Settings, vmid: int) -> None:
-    """List the commands of a sandbox that the records know."""
+    """List the recorded commands of a sandbox."""
     to.show_answer(to.client.get("sandboxes", vmid, "exec"), _format_list)
 
 
@@ -189,7 +193,7 @@ def _format_list(data: dict[str, Any]) -> str:
 @click.argument("run_id", type=RUN_ID, metavar="<id>")
 @settings
 def status(to: Settings, run_id: tuple[int, str]) -> None:
-    """Tell whether a command runs, and how it ended."""
+    """Show whether a command still runs, or how it ended."""
     to.show_answer(_read_run(to.client, run_id, limit=1), _format_state)
 
 
@@ -199,13 +203,16 @@ def status(to: Settings, run_id: tuple[int, str]) -> None:
     examples=("agentlab sandbox exec logs --follow 1009/3f2a9c0b1d7e4e55a1b2c3d4e5f60718",),
 )
 @click.option(
-    "--follow", "-f", is_flag=True, help="Go on until the command has ended (or Ctrl-C, which leaves it alone)."
+    "--follow",
+    "-f",
+    is_flag=True,
+    help="Show new output until the command ends. Ctrl-C ends only the display, not the command in the guest.",
 )
-@click.option("--raw", is_flag=True, help="Write control characters to the terminal as they come.")
+@click.option("--raw", is_flag=True, help="Write control characters to the terminal unchanged.")
 @click.argument("run_id", type=RUN_ID, metavar="<id>")
 @settings
 def logs(to: Settings, run_id: tuple[int, str], follow: bool, raw: bool) -> None:
-    """Show what a command has written."""
+    """Show the output of a command."""
     answer = _read_run(to.client, run_id)
     if to.json or not answer.ok:
         to.show_answer(answer, lambda _data: "")
@@ -217,7 +224,10 @@ def logs(to: Settings, run_id: tuple[int, str], follow: bool, raw: bool) -> None
 @click.argument("run_id", type=RUN_ID, metavar="<id>")
 @settings
 def wait(to: Settings, run_id: tuple[int, str]) -> None:
-    """Wait for the end of a command; its exit status becomes that of this command."""
+    """Wait for the end of a command.
+
+    agentlab exits with the exit status of the command.
+    """
     answer = _read_run(to.client, run_id, wait=_WAIT_SECONDS, limit=1)
     while answer.ok and answer.data["state"] == "running":
         answer = _read_run(to.client, run_id, wait=_WAIT_SECONDS, limit=1)
@@ -229,7 +239,7 @@ def wait(to: Settings, run_id: tuple[int, str]) -> None:
 @click.argument("run_id", type=RUN_ID, metavar="<id>")
 @settings
 def kill(to: Settings, run_id: tuple[int, str]) -> None:
-    """End a command in the guest, and its children: TERM first, then KILL."""
+    """End a command and its children in the guest: TERM, then KILL."""
     to.show_answer(to.client.post("sandboxes", run_id[0], "exec", run_id[1], "kill", body={}), _format_state)
 
 
@@ -382,17 +392,19 @@ def _read_standard_input() -> str:
         "agentlab sandbox cp 1009:/etc/os-release -",
     ),
     notes=(
-        "A file is complete at its new place or not there at all, and its length and",
-        "checksum are compared on the way. - is standard input or output.",
+        "A copy that fails leaves no partial file. Length and checksum are verified.",
+        "- stands for standard input or standard output.",
     ),
 )
-@click.option("--mode", metavar="<mode>", help="Mode in the guest, such as 0644. Default: that of the local file.")
-@click.option("--owner", metavar="<owner>", help="Owner in the guest, as <user> or <user>:<group>.")
+@click.option(
+    "--mode", metavar="<mode>", help="File mode in the guest, such as 0644. Default: the mode of the local file."
+)
+@click.option("--owner", metavar="<owner>", help="Owner of the file in the guest, as <user> or <user>:<group>.")
 @click.argument("source", metavar="<source>")
 @click.argument("target", metavar="<target>")
 @settings
 def cp(to: Settings, source: str, target: str, mode: str | None, owner: str | None) -> None:
-    """Copy a file into a sandbox, or out of it."""
+    """Copy a file into a sandbox or out of it."""
     remote_source, remote_target = _REMOTE.fullmatch(source), _REMOTE.fullmatch(target)
     if (remote_source is None) == (remote_target is None):
         raise Usage("Error: give one file here and one in a sandbox, as <vmid>:<path> (./1009:x is a file here)")
@@ -492,16 +504,16 @@ class _Meter:
     cls=Command,
     usage="[--user <user>] <vmid> [-- <ssh options and command>...]",
     examples=("agentlab sandbox ssh 1009", "agentlab sandbox ssh --user root 1009 -- -L 8080:localhost:80 -N"),
-    notes=("Needs an address and a network path. Without them: agentlab sandbox exec.",),
+    notes=("SSH needs an address and a network path. 'agentlab sandbox exec' does not.",),
 )
-@click.option("--user", "-u", metavar="<user>", default="debian", show_default=True, help="User of the guest.")
+@click.option("--user", "-u", metavar="<user>", default="debian", show_default=True, help="User in the guest.")
 @click.argument("vmid", type=VMID, metavar="<vmid>")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="<ssh options and command>...")
 @settings
 def ssh(to: Settings, vmid: int, user: str, arguments: tuple[str, ...]) -> None:
-    """Log in by SSH at the address in the record.
+    """Log in to a sandbox by SSH, at the address in its record.
 
-    A sandbox is new each time, and so is its host key: it is accepted and not kept.
+    Every new sandbox has a new host key. The key is accepted and not stored.
     """
     import ipaddress
 

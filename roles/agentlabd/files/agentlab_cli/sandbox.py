@@ -85,22 +85,22 @@ def sandbox() -> None:
     type=STATE,
     metavar="<state>",
     multiple=True,
-    help=f"Only those in this state; may be given several times. One of: {', '.join(STATE.valid)}.",
+    help=f"List only sandboxes in this state: {', '.join(STATE.valid)}. May be repeated.",
 )
-@click.option("--profile", type=PROFILE, metavar="<profile>", help="Only those of this profile.")
+@click.option("--profile", type=PROFILE, metavar="<profile>", help="List only sandboxes of this profile.")
 @click.option(
     "--tag",
     "tags",
     metavar="<tag>",
     multiple=True,
-    help="Only those with this tag; may be given several times (any of them).",
+    help="List only sandboxes with this tag. May be repeated; one of the tags is enough.",
 )
-@click.option("--all", "every", is_flag=True, help="Destroyed ones too.")
+@click.option("--all", "every", is_flag=True, help="Include destroyed sandboxes.")
 @settings
 def list_(to: Settings, states: tuple[str, ...], profile: str | None, tags: tuple[str, ...], every: bool) -> None:
     """List sandboxes.
 
-    LEASE is the time that is left. Destroyed sandboxes are listed only with --all or --state DESTROYED.
+    LEASE is the time until the lease ends. Destroyed sandboxes are listed only with --all or --state DESTROYED.
     """
     answer = to.client.get(
         "sandboxes", state=states, profile=profile, tag=tags, include_destroyed="true" if every else None
@@ -142,7 +142,7 @@ def _format_lease(sandbox: dict[str, Any]) -> str:
 @vmid_argument
 @settings
 def show(to: Settings, vmid: int) -> None:
-    """Show everything that is known about one sandbox."""
+    """Show all details of a sandbox."""
     to.show_answer(to.client.get("sandboxes", vmid), lambda data: format_pairs(_list_fields(to.client, data)))
 
 
@@ -177,16 +177,16 @@ def _read_workspace_name(client: Client, workspace: str) -> str | None:
     "--follow",
     "-f",
     is_flag=True,
-    help="Go on showing events as they happen, until the sandbox is DESTROYED (or Ctrl-C).",
+    help="Show new events as they happen, until the sandbox is DESTROYED or Ctrl-C is pressed.",
 )
-@click.option("--tail", type=click.IntRange(1, _PAGE), metavar="<n>", help="Only the last n events.")
+@click.option("--tail", type=click.IntRange(1, _PAGE), metavar="<n>", help="Show only the last n events.")
 @vmid_argument
 @settings
 def events(to: Settings, vmid: int, follow: bool, tail: int | None) -> None:
-    """Show what happened to a sandbox.
+    """Show the events of a sandbox.
 
-    When, what, from which state to which, with what outcome, by whom, and why. With --json and --follow: one answer a
-    line.
+    Each line has the time, the operation, the change of state, the outcome, the user and the reason. With --json and
+    --follow, each line is one answer.
     """
     try:
         _show_events(to, vmid, follow, tail)
@@ -254,25 +254,25 @@ def _format_events(data: dict[str, Any]) -> str:
         "agentlab sandbox new --ssh-public-keys ~/.ssh/id_ed25519.pub --tag ci",
     ),
     notes=(
-        "What is not given comes from the profile, then from the daemon's",
-        "configuration, then from the template. A creation that was cut off is",
-        "finished by running the command again with its --vmid or --name.",
+        "An option that is not given gets its value from the profile, then from the",
+        "daemon's configuration, then from the template. To finish an interrupted",
+        "creation, run the command again with the same --vmid or --name.",
     ),
 )
 @click.option("--name", metavar="<name>", help="Name of the sandbox: letters, digits and hyphens.")
 @click.option(
-    "--profile", type=PROFILE, metavar="<profile>", help="Profile with the settings; see 'agentlab profile list'."
+    "--profile", type=PROFILE, metavar="<profile>", help="Profile of the sandbox; see 'agentlab profile list'."
 )
 @click.option("--template", metavar="<template>", help="VMID or name of the template to clone.")
 @click.option(
-    "--vmid", type=VMID, metavar="<vmid>", help="VMID to take. Without it, a free one of the configured range."
+    "--vmid", type=VMID, metavar="<vmid>", help="VMID of the sandbox. Default: a free VMID of the configured range."
 )
-@click.option("--ttl", metavar="<ttl>", help="How long it may live: minutes (120), or 90s, 30m, 2h, 1d12h.")
-@click.option("--keepalive", is_flag=True, default=None, help="Renew the lease by itself when it runs out.")
+@click.option("--ttl", metavar="<ttl>", help="Length of the lease: minutes (120), or 90s, 30m, 2h, 1d12h.")
+@click.option("--keepalive", is_flag=True, default=None, help="Renew the lease automatically when it runs out.")
 @click.option("--workspace", type=WORKSPACE, metavar="<workspace>", help="Workspace to attach.")
-@click.option("--node", metavar="<node>", help="Node of the cluster, or auto for the one that suits best.")
+@click.option("--node", metavar="<node>", help="Node of the cluster; auto chooses the most suitable node.")
 @click.option("--pool", metavar="<pool>", help="Resource pool of Proxmox VE.")
-@click.option("--storage", metavar="<storage>", help="Storage of a full clone.")
+@click.option("--storage", metavar="<storage>", help="Storage for the disks of a full clone.")
 @click.option(
     "--full-clone/--linked-clone",
     default=None,
@@ -284,21 +284,23 @@ def _format_events(data: dict[str, Any]) -> str:
 @click.option(
     "--disk-size",
     metavar="<size>",
-    help="Size of the boot disk, such as 20G; +10G adds to the template's. It never shrinks.",
+    help="Size of the boot disk, such as 20G. +10G adds to the size of the template's disk. A disk never shrinks.",
 )
 @click.option("--bridge", metavar="<bridge>", help="Network bridge of the first interface.")
 @click.option("--network-model", metavar="<model>", help="Model of the first interface, such as virtio.")
 @click.option("--vlan-tag", type=click.IntRange(1, 4094), metavar="<n>", help="VLAN of the first interface.")
 @click.option("--second-bridge", metavar="<bridge>", help="Network bridge of a second interface.")
 @click.option("--second-vlan-tag", type=click.IntRange(1, 4094), metavar="<n>", help="VLAN of the second interface.")
-@click.option("--second-ip-config", metavar="<config>", help="Cloud-init network of the second interface.")
+@click.option(
+    "--second-ip-config", metavar="<config>", help="Cloud-init network configuration of the second interface."
+)
 @click.option(
     "--firewall/--no-firewall",
     default=None,
     help="Switch the firewall of Proxmox VE on or off for the first interface.",
 )
-@click.option("--firewall-group", metavar="<group>", help="Security group of its firewall.")
-@click.option("--cloud-init-user", metavar="<user>", help="User that cloud-init makes.")
+@click.option("--firewall-group", metavar="<group>", help="Security group to add to the rules of the VM's firewall.")
+@click.option("--cloud-init-user", metavar="<user>", help="User that cloud-init creates.")
 @click.option(
     "--cloud-init-password",
     type=click.File("r"),
@@ -308,22 +310,24 @@ def _format_events(data: dict[str, Any]) -> str:
 @click.option(
     "--cloud-init-upgrade/--no-cloud-init-upgrade",
     default=None,
-    help="Whether cloud-init upgrades the packages at the first start.",
+    help="Let cloud-init upgrade the packages at the first start, or not.",
 )
 @click.option(
     "--cloud-init-vendor-data", metavar="<volume>", help="Snippet with vendor data, such as local:snippets/vendor.yaml."
 )
 @click.option(
-    "--ip-config", metavar="<config>", help="Cloud-init network, such as ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1."
+    "--ip-config",
+    metavar="<config>",
+    help="Cloud-init network configuration, such as ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1.",
 )
-@click.option("--nameserver", metavar="<addresses>", help="Cloud-init name servers, separated by blanks or commas.")
+@click.option("--nameserver", metavar="<addresses>", help="Cloud-init name servers, separated by spaces or commas.")
 @click.option("--searchdomain", metavar="<domain>", help="Cloud-init DNS search domain.")
 @click.option(
     "--ssh-public-keys",
     type=click.File("r"),
     multiple=True,
     metavar="<file>",
-    help="File with public keys, one a line (- for standard input); may be given several times.",
+    help="File with SSH public keys, one on each line (- for standard input). May be repeated.",
 )
 @click.option(
     "--cloud-init-user-data",
@@ -336,40 +340,42 @@ def _format_events(data: dict[str, Any]) -> str:
     "tags",
     multiple=True,
     metavar="<tag>",
-    help="Tag of the sandbox and its VM; may be given several times, or several with commas.",
+    help="Tag of the sandbox and its VM. May be repeated, or have several tags separated by commas.",
 )
 @click.option("--description", metavar="<text>", help="Text for the notes of the VM in Proxmox VE.")
 @click.option(
     "--update",
     is_flag=True,
     default=None,
-    help="Of a sandbox that is there: apply cores, memory, tags and description where they differ.",
+    help="If the sandbox exists, change its cores, memory, tags and description where they differ.",
 )
 @click.option(
     "--allow-restart",
     is_flag=True,
     default=None,
-    help="Let --update stop and start the VM, which cores and memory need.",
+    help="Allow --update to stop and start the VM, which a change of cores or memory requires.",
 )
-@click.option("--protected", is_flag=True, default=None, help="Keep it from every destroy, forced or not.")
-@click.option("--wait-for-ip", is_flag=True, default=None, help="Wait until the guest agent names an address.")
+@click.option(
+    "--protected", is_flag=True, default=None, help="Protect the sandbox from every destroy, with or without --force."
+)
+@click.option("--wait-for-ip", is_flag=True, default=None, help="Wait until the guest agent reports an address.")
 @click.option(
     "--wait-for-cloud-init",
     is_flag=True,
     default=None,
-    help="Wait until cloud-init has ended; with errors the sandbox is FAILED.",
+    help="Wait until cloud-init has ended. If it ends with errors, the sandbox becomes FAILED.",
 )
 @click.option(
     "--dry-run",
     is_flag=True,
     default=None,
-    help="Make nothing; say what would be made, on which node, and why the other nodes were passed over.",
+    help="Create nothing. Show what would be created, on which node, and why the other nodes were not chosen.",
 )
 @settings
 def new(to: Settings, /, **options: Any) -> None:
     """Create a sandbox and start it.
 
-    The command ends when the sandbox runs, and prints its VMID; it is an error when it does not.
+    The command waits until the sandbox runs, and prints its VMID. If the sandbox does not start, the command fails.
     """
     body = {name: value for name, value in options.items() if value is not None and value != ()}
     _put_ttl(body, body.pop("ttl", None))
@@ -488,7 +494,7 @@ def _change_power(to: Settings, vmid: int, action: str, body: dict[str, Any] | N
     _show_warnings(to, answer.data)
 
 
-wait_for_ip_option = click.option("--wait-for-ip", is_flag=True, help="Wait until the guest agent names an address.")
+wait_for_ip_option = click.option("--wait-for-ip", is_flag=True, help="Wait until the guest agent reports an address.")
 
 
 @sandbox.command(
@@ -507,17 +513,20 @@ def start(to: Settings, vmid: int, wait_for_ip: bool) -> None:
     usage="[--force] <vmid> | --all",
     examples=("agentlab sandbox stop 1009", "agentlab sandbox stop --all"),
     notes=(
-        "A sandbox in TIMEOUT is not stopped: the daemon does that by itself, and prune",
-        "looks for that state. A hibernated VM keeps its memory on a disk; stopping it",
-        "throws that away, which needs --force.",
+        "A sandbox in TIMEOUT is refused: the daemon itself stops its VM, and prune",
+        "looks for that state. The memory of a hibernated VM is saved on a disk.",
+        "Stopping such a VM discards the saved memory, and requires --force.",
     ),
 )
-@click.option("--force", is_flag=True, help="Throw the saved memory of a hibernated VM away.")
-@click.option("--all", "every", is_flag=True, help="Stop every sandbox that runs or is paused.")
+@click.option("--force", is_flag=True, help="Discard the saved memory of a hibernated VM.")
+@click.option("--all", "every", is_flag=True, help="Stop every running or paused sandbox.")
 @click.argument("vmid", type=VMID, required=False, metavar="<vmid>")
 @settings
 def stop(to: Settings, vmid: int | None, every: bool, force: bool) -> None:
-    """Shut a sandbox down; one that does not is switched off."""
+    """Shut down a sandbox.
+
+    A VM that does not shut down in time is switched off.
+    """
     if every == (vmid is not None):
         raise click.UsageError("which sandbox? Give <vmid>, or --all for every one that runs")
     if every and force:
@@ -541,7 +550,7 @@ def stop(to: Settings, vmid: int | None, every: bool, force: bool) -> None:
 @vmid_argument
 @settings
 def suspend(to: Settings, vmid: int) -> None:
-    """Suspend a sandbox that is READY or RUNNING; start resumes it."""
+    """Suspend a sandbox that is READY or RUNNING; 'start' resumes it."""
     _change_power(to, vmid, "suspend")
 
 
@@ -568,12 +577,15 @@ def _change_record(to: Settings, vmid: int, action: str, text: str, body: dict[s
 @sandbox.command(
     usage="<vmid>",
     examples=("agentlab sandbox protect 1009",),
-    notes=("Its lease still ends: then it is stopped, and stays. 'unprotect' is the way back.",),
+    notes=(
+        "The lease still ends. The sandbox is then stopped, but not destroyed.",
+        "'unprotect' removes the protection.",
+    ),
 )
 @vmid_argument
 @settings
 def protect(to: Settings, vmid: int) -> None:
-    """Keep a sandbox from every destroy, forced or not."""
+    """Protect a sandbox from every destroy, with or without --force."""
     _change_record(to, vmid, "protect", "is protected")
 
 
@@ -581,7 +593,7 @@ def protect(to: Settings, vmid: int) -> None:
 @vmid_argument
 @settings
 def unprotect(to: Settings, vmid: int) -> None:
-    """Let a protected sandbox be destroyed again."""
+    """Remove the protection of a sandbox."""
     _change_record(to, vmid, "unprotect", "is not protected")
 
 
@@ -592,7 +604,7 @@ def unprotect(to: Settings, vmid: int) -> None:
 @vmid_argument
 @settings
 def keepalive(to: Settings, switch: str, vmid: int) -> None:
-    """Renew the lease of a sandbox by itself when it runs out, or no more."""
+    """Switch automatic renewal of a sandbox's lease on or off."""
     _change_record(to, vmid, "keepalive", f"has keepalive {switch}", {"keepalive": switch == "on"})
 
 
@@ -608,18 +620,21 @@ def keepalive(to: Settings, switch: str, vmid: int) -> None:
     ),
     notes=(
         "Without --force a sandbox must be STOPPED.",
-        "--force bypasses the state and the graceful shutdown. It bypasses no proof",
-        "that the VM is ours, and no protection.",
-        "With several VMIDs all are looked up first: when one does not exist, nothing",
-        "is done. Then each is on its own, and gets its own line.",
-        "Exit status 4: some were destroyed, others not.",
+        "--force bypasses the state and the graceful shutdown. It bypasses neither",
+        "the proof that the VM belongs to the sandbox, nor the protection.",
+        "If one of several VMIDs does not exist, no sandbox is destroyed. Otherwise a",
+        "failure stops no other destroy, and each sandbox gets its own line.",
+        "Exit status 4: some sandboxes were destroyed, others were not.",
     ),
 )
-@click.option("--force", is_flag=True, help="Destroy in any state, without a graceful shutdown.")
+@click.option("--force", is_flag=True, help="Destroy the sandbox in any state, without a graceful shutdown.")
 @click.argument("vmids", type=VMID, nargs=-1, required=True, metavar="<vmid> [<vmid> ...]")
 @settings
 def destroy(to: Settings, vmids: tuple[int, ...], force: bool) -> None:
-    """Destroy sandboxes and their VMs. Prints the state in which each was."""
+    """Destroy sandboxes and their VMs.
+
+    The answer names the previous state of each sandbox.
+    """
     ordered_vmids = list(dict.fromkeys(vmids))
     if len(ordered_vmids) == 1:
         with Progress(
@@ -688,18 +703,21 @@ def lease() -> None:
         "agentlab sandbox lease renew --ttl 1d12h 1009",
     ),
     notes=(
-        "The lease then ends that long from now; it is not shortened. Only a RUNNING",
-        "sandbox whose lease is not over can be renewed. A configured maximum lifetime",
-        "caps it: look at the time in the answer.",
+        "The new lease lasts --ttl from now. A lease that ends later stays unchanged,",
+        "unless --allow-shorten is given. Only a RUNNING sandbox whose lease has not",
+        "ended can be renewed. A configured maximum lifetime limits the lease: check",
+        "the time in the answer.",
     ),
 )
-@click.option("--ttl", metavar="<ttl>", help="How long from now: minutes (120), or 90s, 30m, 2h, 1d12h. Required.")
+@click.option(
+    "--ttl", metavar="<ttl>", help="Length of the lease from now: minutes (120), or 90s, 30m, 2h, 1d12h. Required."
+)
 @click.option(
     "--min-remaining",
     metavar="<time>",
-    help="Renew only when less than this is left, so that it can be repeated at will.",
+    help="Renew only if less than this time is left. The command can then be repeated safely.",
 )
-@click.option("--allow-shorten", is_flag=True, help="Also when the lease becomes shorter by it.")
+@click.option("--allow-shorten", is_flag=True, help="Renew the lease even if it becomes shorter.")
 @click.argument("vmid", type=VMID, required=False, metavar="<vmid>")
 @click.pass_context
 def renew(
@@ -747,41 +765,47 @@ def _refuse_missing_ttl(ctx: click.Context) -> NoReturn:
     usage="[--older-than <age>] [--dry-run] [OPTIONS]",
     examples=(
         "agentlab sandbox prune               # pruned 5 sandbox(es)",
-        "agentlab sandbox prune --dry-run     # what would go, why the rest is kept",
+        "agentlab sandbox prune --dry-run     # what would go, and why the rest stays",
         "agentlab sandbox prune --older-than 24h",
     ),
     notes=(
-        "Looks at every sandbox in TIMEOUT. Where its VM is there and proven to be",
-        "ours, it is destroyed; where the VM is proven to be gone, the record becomes",
-        "DESTROYED. What is kept is named on standard error with the reason.",
-        "Exit status 4: some were pruned, others failed. What is kept is no failure.",
+        "A sandbox whose VM is proven to be its own is destroyed with the VM. If the",
+        "VM is proven to be gone, only the record becomes DESTROYED. Every other",
+        "sandbox is kept, and named on standard error with the reason.",
+        "Exit status 4: some sandboxes were pruned, others failed. A sandbox that is",
+        "kept is not a failure.",
     ),
 )
 @click.option(
-    "--older-than", metavar="<age>", help="Only those in TIMEOUT for longer than this: minutes (120), or 30m, 24h, 7d."
+    "--older-than",
+    metavar="<age>",
+    help="Prune only sandboxes that are in their state for longer than this: minutes (120), or 30m, 24h, 7d.",
 )
-@click.option("--dry-run", is_flag=True, help="Only say what would be pruned.")
+@click.option("--dry-run", is_flag=True, help="Prune nothing. Show what would be pruned.")
 @click.option(
     "--state",
     "states",
     type=STATE,
     metavar="<state>",
     multiple=True,
-    help="States to prune: TIMEOUT (unless set), COMPLETED, FAILED, STOPPED; may be given several times.",
+    help="State to prune: TIMEOUT (the default), COMPLETED, FAILED or STOPPED. May be repeated.",
 )
 @click.option(
     "--tag",
     "tags",
     metavar="<tag>",
     multiple=True,
-    help="Only those with this tag; may be given several times (any of them).",
+    help="Prune only sandboxes with this tag. May be repeated; one of the tags is enough.",
 )
 @click.option(
-    "--max-count", type=click.IntRange(0), metavar="<n>", help="Prune nothing at all when it would be more than this."
+    "--max-count",
+    type=click.IntRange(0),
+    metavar="<n>",
+    help="Prune nothing if more than this number of sandboxes would be pruned.",
 )
 @settings
 def prune(to: Settings, /, **options: Any) -> None:
-    """Remove sandboxes whose time is over (state TIMEOUT)."""
+    """Destroy sandboxes whose lease has ended (state TIMEOUT)."""
     body = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in options.items()
@@ -842,23 +866,25 @@ class _Pruning:
         "agentlab sandbox reconcile --apply     # repair",
     ),
     notes=(
-        "The daemon does this by itself at its interval. A node that cannot be reached",
-        "changes nothing; a VM without a record is reported and never adopted; when a",
-        "large share of the sandboxes is absent at once, nothing is written.",
+        "The daemon also reconciles at its interval. If a node cannot be reached, the",
+        "records of its sandboxes stay unchanged. A VM without a record is reported",
+        "and never adopted. If a large share of the sandboxes is absent at once,",
+        "nothing is written.",
     ),
 )
-@click.option("--apply", is_flag=True, help="Repair what differs. Without it, only report.")
-@click.option("--dry-run", is_flag=True, help="Only report, which is what it does without --apply.")
+@click.option("--apply", is_flag=True, help="Repair the differences. Without this option, only report them.")
+@click.option("--dry-run", is_flag=True, help="Only report the differences: the default without --apply.")
 @click.option(
     "--adopt-cluster",
     is_flag=True,
-    help="With --apply: take this cluster as the one that the records belong to (a new CA, a node that joined).",
+    help="With --apply: note that the records belong to this cluster. Needed when the cluster has a new certificate "
+    "authority, or when a single node joined a cluster.",
 )
 @settings
 def reconcile(to: Settings, apply: bool, dry_run: bool, adopt_cluster: bool) -> None:
-    """Find and repair drift from Proxmox VE.
+    """Find and repair drift between the records and Proxmox VE.
 
-    Compares the records with what Proxmox VE has, and reports what differs and what would be done about it.
+    The report names each difference and its repair.
     """
     if apply and dry_run:
         raise click.UsageError("--dry-run contradicts --apply; give one of the two")

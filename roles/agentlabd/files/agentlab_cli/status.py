@@ -19,7 +19,7 @@ from .text import format_cell, format_duration, format_pairs, format_table, read
 @click.command(cls=Command, usage="", examples=("agentlab status", "agentlab status --json | jq .cleanup.frozen"))
 @settings
 def status(to: Settings) -> None:
-    """Show how the daemon is, and what it does next."""
+    """Show the state of the daemon and its next scheduled runs."""
     to.show_answer(to.client.get("status"), _format_status)
 
 
@@ -109,11 +109,12 @@ def cleanup() -> None:
     usage="[--dry-run]",
     examples=("agentlab cleanup run --dry-run", "agentlab cleanup run"),
     notes=(
-        "The rules stand in the daemon's cleanup file; it runs them by itself at their",
-        "interval. Their guard counts here too, and shadow mode makes it a dry run.",
+        "The rules are in the daemon's cleanup file, and the daemon also runs them at",
+        "their interval. The guard of the rules applies here, too. In shadow mode,",
+        "every run is a dry run.",
     ),
 )
-@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option("--dry-run", is_flag=True, help="Destroy nothing. Show what would be done.")
 @settings
 def run(to: Settings, dry_run: bool) -> None:
     """Run the cleanup rules now."""
@@ -144,14 +145,14 @@ def _format_run(data: dict[str, Any]) -> str:
     usage="--reason <text>",
     examples=('agentlab cleanup freeze --reason "storage maintenance until Monday"',),
     notes=(
-        "Expiry goes on: leases run out and VMs are stopped, but nothing is destroyed",
-        "on schedule until it is released.",
+        "Leases still end, and their VMs are stopped. Nothing is destroyed on",
+        "schedule until 'agentlab cleanup release'.",
     ),
 )
-@click.option("--reason", required=True, metavar="<text>", help="Why, for whoever looks at it next.")
+@click.option("--reason", required=True, metavar="<text>", help="Reason, which 'agentlab status' shows.")
 @settings
 def freeze(to: Settings, reason: str) -> None:
-    """Let the daemon destroy nothing on schedule until it is released."""
+    """Pause the scheduled cleanup until it is released."""
     to.show_answer(
         to.client.post("cleanup", "freeze", body={"reason": reason}),
         lambda data: f"cleanup frozen: {format_cell(data['frozen']['reason'])}",
@@ -162,13 +163,13 @@ def freeze(to: Settings, reason: str) -> None:
     usage="",
     examples=("agentlab cleanup release",),
     notes=(
-        "The guard freezes the cleanup when it would destroy unusually much: look at",
-        "'agentlab cleanup run --dry-run' before you release it.",
+        "The guard freezes the cleanup if it would destroy unusually many sandboxes.",
+        "Check 'agentlab cleanup run --dry-run' before you release it.",
     ),
 )
 @settings
 def release(to: Settings) -> None:
-    """Let the scheduled cleanup go on."""
+    """Resume the scheduled cleanup."""
     to.show_answer(
         to.client.post("cleanup", "release"),
         lambda data: "cleanup released" if data.get("released") else "cleanup was not frozen",
@@ -182,7 +183,7 @@ def release(to: Settings) -> None:
     meant=dict.fromkeys(("show", "get"), "agentlab profile list"),
 )
 def profile() -> None:
-    """Show the profiles that sandboxes are made from."""
+    """Show the profiles for new sandboxes."""
 
 
 @profile.command("list", usage="", examples=("agentlab profile list",))
@@ -230,9 +231,9 @@ def _format_profiles(profiles: list[dict[str, Any]]) -> str:
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), metavar="bash|zsh|fish")
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print the completion script of a shell.
+    """Print the completion script for a shell.
 
-    It completes commands, options, states, and the VMIDs that the daemon knows.
+    The script completes commands, options and states, and the daemon's VMIDs, profiles and workspaces.
     """
     from click.shell_completion import get_completion_class
 

@@ -65,17 +65,19 @@ class Root(Group):
         "agentlab status",
     ),
     notes=(
-        "Exit status: 0 done; 1 refused or failed; 2 wrong usage; 3 no usable answer",
-        "from the daemon; 4 some items done, others not; 130 interrupted.",
-        "Answers go to standard output, everything else to standard error. With --json",
-        'an error is an object on standard output too: {"error": ..., "code": ...}.',
+        "Exit status: 0 success; 1 refused or failed; 2 wrong usage; 3 no usable",
+        "answer from the daemon; 4 some items succeeded, others failed; 130",
+        "interrupted.",
+        "Answers go to standard output, all other messages to standard error. With",
+        "--json, an error is also an object on standard output, in the form",
+        '{"error": ..., "code": ...}.',
     ),
 )
 @click.version_option(__version__, prog_name=NAME, message="%(prog)s %(version)s", help="Show the version and exit.")
 def root() -> None:
-    """Throw-away VMs with leases on Proxmox VE.
+    """Manage throw-away VMs (sandboxes) with leases on Proxmox VE.
 
-    Everything is done by the daemon agentlabd; this talks to it over its socket.
+    Each command sends a request to the daemon agentlabd over its socket. The daemon does the work.
     """
 
 
@@ -101,9 +103,7 @@ def run() -> None:
         click.echo(clean_text(shown.getvalue()), nl=False, err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo(
-            "Error: interrupted. What the daemon had begun it goes on with; see 'agentlab sandbox list'", err=True
-        )
+        click.echo("Error: interrupted. The daemon finishes what it has begun; see 'agentlab sandbox list'", err=True)
         sys.exit(INTERRUPTED)
     except OSError as error:
         # Standard output cannot be written, for example to a full disk. The daemon has carried out the request already.

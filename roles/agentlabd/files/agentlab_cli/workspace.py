@@ -56,7 +56,7 @@ def _format_holder(data: dict[str, Any]) -> str:
     meant=dict.fromkeys(("rm", "delete", "remove"), "agentlab workspace destroy --force <workspace>"),
 )
 def workspace() -> None:
-    """Create, attach, detach and delete disks that outlive sandboxes."""
+    """Manage workspaces: disks that outlive sandboxes."""
 
 
 @workspace.command(
@@ -64,10 +64,10 @@ def workspace() -> None:
     usage="[--all]",
     examples=("agentlab workspace list", "agentlab workspace list --json | jq '.workspaces[].volume'"),
 )
-@click.option("--all", "every", is_flag=True, help="Deleted ones too.")
+@click.option("--all", "every", is_flag=True, help="Include deleted workspaces.")
 @settings
 def list_(to: Settings, every: bool) -> None:
-    """List workspaces, and who has them."""
+    """List workspaces and the sandboxes that have them."""
     to.show_answer(
         to.client.get("workspaces", include_deleted="true" if every else None),
         lambda data: _format_list(data["workspaces"]),
@@ -98,7 +98,7 @@ def _format_list(workspaces: list[dict[str, Any]]) -> str:
 @click.argument("name", type=WORKSPACE, metavar="<workspace>")
 @settings
 def show(to: Settings, name: str) -> None:
-    """Show everything that is known about one workspace, by its name or id."""
+    """Show all details of a workspace, by its name or id."""
     to.show_answer(
         to.client.get("workspaces", name),
         lambda data: format_pairs(
@@ -113,23 +113,24 @@ def show(to: Settings, name: str) -> None:
     usage="--size <size> [--storage <storage>] [--node <node>] <workspace>",
     examples=(
         "agentlab workspace new --size 50G --storage local-lvm project-x",
-        "agentlab workspace new --size 80G project-x        # let one grow that is attached",
+        "agentlab workspace new --size 80G project-x     # enlarge an attached one",
     ),
     notes=(
-        "It is empty: the first sandbox that has it makes a file system on it. One that",
-        "is there only grows, and only while it is attached.",
+        "A new workspace is empty: create a file system on it in the first sandbox",
+        "that has it. An existing workspace never shrinks, and grows only while it is",
+        "attached.",
     ),
 )
-@click.option("--size", metavar="<size>", help="Size, such as 20G; a number alone is GiB.")
+@click.option("--size", metavar="<size>", help="Size, such as 20G. A number without a unit is in GiB.")
 @click.option(
-    "--storage", metavar="<storage>", help="Storage of a new one; the daemon's configuration says it otherwise."
+    "--storage", metavar="<storage>", help="Storage of a new workspace. Default: from the daemon's configuration."
 )
-@click.option("--node", metavar="<node>", help="Node of a new one on local storage.")
-@click.option("--name", "named", metavar="<workspace>", help="Its name, which may also stand without the option.")
+@click.option("--node", metavar="<node>", help="Node of a new workspace on local storage.")
+@click.option("--name", "named", metavar="<workspace>", help="Name of the workspace; the same as the argument.")
 @click.argument("name", type=WORKSPACE, metavar="<workspace>", required=False)
 @settings
 def new(to: Settings, /, **options: Any) -> None:
-    """Create a workspace, or let one grow."""
+    """Create a workspace, or enlarge an existing one."""
     named = options.pop("named")
     if (named is None) == (options["name"] is None):
         raise click.UsageError("which workspace? Give its name once: <workspace>, or --name <workspace>")
@@ -153,8 +154,9 @@ def new(to: Settings, /, **options: Any) -> None:
         "agentlab workspace attach --vmid 1009 project-x",
     ),
     notes=(
-        "One sandbox has it at a time. When the time is over and its VM does not run,",
-        "another may take it over.",
+        "A workspace is attached to one sandbox at a time. When the time is over and",
+        "the VM of that sandbox does not run, another sandbox may take the workspace",
+        "over.",
     ),
 )
 @click.option(
@@ -162,18 +164,19 @@ def new(to: Settings, /, **options: Any) -> None:
     "named",
     type=VMID,
     metavar="<vmid>",
-    help="Sandbox that gets it, which may also stand without the option.",
+    help="VMID of the sandbox; the same as the argument.",
 )
 @click.option(
     "--ttl",
     metavar="<ttl>",
-    help="How long it has it: minutes (120), or 90s, 30m, 2h, 1d12h. As long as the sandbox's lease unless given.",
+    help="Time for which the sandbox has the workspace: minutes (120), or 90s, 30m, 2h, 1d12h. Default: the lease of "
+    "the sandbox.",
 )
 @click.argument("name", type=WORKSPACE, metavar="<workspace>")
 @click.argument("vmid", type=VMID, metavar="<vmid>", required=False)
 @settings
 def attach(to: Settings, name: str, vmid: int | None, named: int | None, ttl: str | None) -> None:
-    """Give a workspace to a sandbox."""
+    """Attach a workspace to a sandbox."""
     if (vmid is None) == (named is None):
         raise click.UsageError("which sandbox? Give <vmid> once, behind the workspace or as --vmid <vmid>")
     vmid = vmid if vmid is not None else named
@@ -193,12 +196,12 @@ def attach(to: Settings, name: str, vmid: int | None, named: int | None, ttl: st
 @workspace.command(
     usage="<workspace>",
     examples=("agentlab workspace detach project-x",),
-    notes=("Unmount it in a running guest first.",),
+    notes=("Unmount the workspace first if the guest runs.",),
 )
 @click.argument("name", type=WORKSPACE, metavar="<workspace>")
 @settings
 def detach(to: Settings, name: str) -> None:
-    """Take a workspace off the sandbox that has it."""
+    """Detach a workspace from its sandbox."""
     with Progress(lambda: f"detaching workspace {name}", enabled=not to.json):
         answer = to.client.post("workspaces", name, "detach")
     to.show_answer(answer, lambda data: f"{_format_name(data)} detached")
@@ -208,11 +211,11 @@ def detach(to: Settings, name: str) -> None:
     usage="--force <workspace>",
     examples=("agentlab workspace destroy --force project-x",),
     notes=(
-        "The data on it is lost, so it needs --force. One that is attached is never",
-        "deleted, forced or not.",
+        "The data on the workspace is lost, so --force is required. An attached",
+        "workspace is never deleted, even with --force.",
     ),
 )
-@click.option("--force", is_flag=True, help="Delete the data.")
+@click.option("--force", is_flag=True, help="Confirm that the data is deleted.")
 @click.argument("name", type=WORKSPACE, metavar="<workspace>")
 @settings
 def destroy(to: Settings, name: str, force: bool) -> None:
