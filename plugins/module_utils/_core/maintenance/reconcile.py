@@ -143,7 +143,7 @@ def _run_pass(ctx: Context, apply: bool, adopt_cluster: bool, known_vms: KnownVm
         for entry, sandbox in ctx.records.list_interrupted_sandboxes():
             if not binding.stays_unfinished(ctx, sandbox, entry):
                 evidence = {"operation": entry.kind, "phase": entry.phase, "actor": entry.actor}
-                settled.append(Drift("interrupted", "finish it", evidence, sandbox))
+                settled.append(Drift("interrupted", "finish the operation", evidence, sandbox))
     settled += _expire_leases(ctx, writing)
     if writing:
         # Compare again the sandboxes that those two steps changed. The other results stay valid.
@@ -210,7 +210,9 @@ def _finish_workspaces(ctx: Context, writing: bool) -> list[Drift]:
     """
     drifts = []
     for disk in workspace_disk.list_unfinished(ctx):
-        drift = Drift("workspace", "finish or undo it", {"workspace": disk.name, "state": disk.state}, vmid=disk.vmid)
+        drift = Drift(
+            "workspace", "finish or undo the operation", {"workspace": disk.name, "state": disk.state}, vmid=disk.vmid
+        )
         if writing:
             try:
                 finished = workspace.finish(ctx, disk)
