@@ -477,7 +477,10 @@ def test_a_proxy_that_refuses_is_named(serve: Make, clean_environment: pytest.Mo
 
 @pytest.mark.parametrize(
     ("proxy", "words"),
-    [("socks5://127.0.0.1:9", "needs the Python library PySocks"), ("gopher://127.0.0.1:9", "of no kind")],
+    [
+        ("socks5://127.0.0.1:9", "needs the Python library PySocks"),
+        ("gopher://127.0.0.1:9", "cannot be used. Valid: http://HOST:PORT"),
+    ],
 )
 def test_a_proxy_of_another_kind_is_refused_by_name(
     serve: Make, clean_environment: pytest.MonkeyPatch, proxy: str, words: str

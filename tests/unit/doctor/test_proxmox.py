@@ -133,7 +133,10 @@ def test_proxmox_that_cannot_be_asked_is_a_problem(lab: Lab) -> None:
 def test_records_of_another_cluster_are_a_problem(lab: Lab) -> None:
     lab.create()
     lab.pve.ca_fingerprint = "AA:BB"
-    assert examine(lab)["cluster"].status == "problem" and "not the cluster" in examine(lab)["cluster"].meaning
+    assert (
+        examine(lab)["cluster"].status == "problem"
+        and "another cluster than that of these records" in examine(lab)["cluster"].meaning
+    )
 
 
 def test_what_these_credentials_cannot_see_is_not_called_fit(lab: Lab) -> None:
