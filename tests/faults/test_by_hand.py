@@ -381,7 +381,7 @@ def test_a_guest_without_hotplug_is_stopped_first_as_told(lab: Lab, what: str) -
         )
 
     lab.pve.hotplug = False
-    assert re.search(r"[Ss]top the sandbox, then (at|de)tach it", refused(work))
+    assert re.search(r"[Ss]top the sandbox, then (at|de)tach the workspace", refused(work))
     lab.power("stop", made.vmid)
     assert work().outcome == f"{what}ed"
 
