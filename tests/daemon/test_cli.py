@@ -226,7 +226,7 @@ def test_cleanup_runs_freezes_and_is_released(daemon: Make, lab: Lab) -> None:
     assert (code, err) == (0, "")
     assert out.startswith("would clean up 2 sandbox(es)\nThe guard would stop it: 2 sandboxes")
     assert re.search(r"^destroy +1001 +a1001 +TIMEOUT ", out, re.M) and re.search(
-        r"^keep +1000 +kept +RUNNING +rule - rule 'debug' keeps it$", out, re.M
+        r"^keep +1000 +kept +RUNNING +rule - rule 'debug' keeps sandbox 1000$", out, re.M
     )
     code, out, err = run("run")
     assert (code, out) == (1, "")

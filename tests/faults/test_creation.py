@@ -219,7 +219,7 @@ def test_a_template_that_is_locked_for_a_moment_is_tried_again(lab: Lab) -> None
 
 def test_a_clone_that_still_runs_is_not_given_up(lab: Lab) -> None:
     lab.pve.next_task("qmclone", "hang")
-    with pytest.raises(TaskTimeout, match="run again to take it up"):
+    with pytest.raises(TaskTimeout, match="Run again to continue with it"):
         lab.create("a1", options=PATIENCE)
     # The caller was told to run again, so a reconcile leaves it to that: while the clone runs, and once it has ended.
     assert lab.reconcile() == []
@@ -449,7 +449,7 @@ def test_half_a_character_is_refused_before_anything_is_made(option: str, value:
 
 def test_a_clone_that_takes_longer_than_was_waited_is_left_to_the_next_run(lab: Lab) -> None:
     lab.pve.next_task("qmclone", "slow", seconds=4.0)
-    with pytest.raises(TaskTimeout, match="run again to take it up"):
+    with pytest.raises(TaskTimeout, match="Run again to continue with it"):
         lab.create("a1", options={"wait_timeout": "1s"})
     # The doctor names the way out that works; a reconcile, which the daemon runs all the time, is none.
     settings = config.load({**lab.options, "database": lab.database}, lab.server.environment(lab.folder))

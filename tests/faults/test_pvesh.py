@@ -214,7 +214,9 @@ def test_a_task_goes_on_when_the_run_that_began_it_is_killed(lab: Lab, tmp_path:
 def test_a_write_that_takes_too_long_is_unknown_and_goes_on(lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "bin" / "pvesh").write_text(f"#!/bin/sh\nsleep 3\necho ended > {tmp_path}/ended\n")
     ctx = lab.context(api_timeout=1, wait_timeout="1s")
-    with pytest.raises(OutcomeUnknown, match=r"did not end within 1 s \(wait_timeout\); it goes on.*not known"):
+    with pytest.raises(
+        OutcomeUnknown, match=r"did not end within 1 s \(wait_timeout\); the request goes on.*not known"
+    ):
         ctx.client.post("nodes/pve1/qemu/9000/clone", newid=1000)
     assert not (tmp_path / "ended").exists()
     with pytest.raises(OutcomeUnknown, match=r"no answer within 1 s \(api_timeout\); nothing was changed"):

@@ -92,7 +92,7 @@ def test_a_workspace_lives_from_creation_to_absence(story: Any, env: Any, server
         f"agentlab-{made['id'][:8]}"
     )
     assert run["grow"]["workspace"]["size"] == 10 * 1024**3
-    assert run["smaller"]["msg"] == "size: workspace 'data' has 8G, and workspaces only grow"
+    assert run["smaller"]["msg"] == "size: workspace 'data' has 8G, and workspaces only grow; give that size or more"
     assert run["attach to the second"]["msg"].startswith(
         "workspace 'data' is ATTACHED to sandbox 1000 (s1), whose lease on it lasts until"
     )
