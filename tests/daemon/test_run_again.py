@@ -110,7 +110,7 @@ def test_what_a_module_says_of_items_is_true(daemon: Make, lab: Lab, tmp_path: P
         return result
 
     told = [row["message"] for row in run(1)["results"] if row["outcome"] == "failed"]
-    assert len(told) == 1 and "run again" in told[0], told
+    assert len(told) == 1 and "Run again" in told[0], told
     let_it_reconcile(agentlabd)
     lab.pve.release_task(lab.pve.running_tasks("qmclone")[0])
     let_it_reconcile(agentlabd)
