@@ -108,8 +108,11 @@ def test_one_changed_option_writes_only_that(awx: Awx, set_up: SetUp) -> None:
         "extra_vars": json.dumps({"agentlab_hosts": "pve", "prune_older_than": "24h", "prune_max_count": 50})
     }
     set_up(awx_prune_older_than="48h").ok()
-    assert list_writes(awx) == ["PATCH /api/v2/job_templates/N/", "POST /api/v2/job_templates/N/survey_spec/",
-                            "POST /api/v2/job_templates/N/survey_spec/"]  # fmt: skip
+    assert list_writes(awx) == [
+        "PATCH /api/v2/job_templates/N/",
+        "POST /api/v2/job_templates/N/survey_spec/",
+        "POST /api/v2/job_templates/N/survey_spec/",
+    ]
     # A template that somebody deleted is made again.
     row = awx.find_named("job_templates", "agentlab - renew")
     awx.objects["job_templates"].remove(row)
