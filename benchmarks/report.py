@@ -189,9 +189,8 @@ def draw_text_plot(results: Results) -> str:
             continue
         length = min(_WIDTH, max(1, round(row["used"] * half)))
         drawn_row = "".join("|" if place == half else "#" if place < length else " " for place in range(_WIDTH))
-        lines.append(
-            f"{row['row']:>4} {drawn_row.rstrip() if length > half else drawn_row[: half + 1]:<{_WIDTH}} {row['used'] * 100:4.0f} %"
-        )
+        drawn_row = drawn_row.rstrip() if length > half else drawn_row[: half + 1]
+        lines.append(f"{row['row']:>4} {drawn_row:<{_WIDTH}} {row['used'] * 100:4.0f} %")
     destroy_times = _read_destroy_times(results)
     if destroy_times:
         slowest = max(destroy_times.values())
