@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store impor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records
 
-from support.daemon import PYTHONPATH
+from support.daemon import FILES, ROOT
 from support.engines import require_postgresql
 from support.records import reserve
 
@@ -37,14 +38,17 @@ def away() -> Iterator[str]:
 
 def agentlabd(database: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command agentlabd once."""
-    return subprocess.run(
-        [sys.executable, "-m", "agentlabd", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": PYTHONPATH, "AGENTLAB_DATABASE": database},
-        check=False,
-        timeout=120,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        # ansible-test works on a copy that lacks the checkout's link to the core.
+        os.symlink(ROOT / "plugins" / "module_utils" / "_core", os.path.join(folder, "agentlab_core"))
+        return subprocess.run(
+            [sys.executable, "-m", "agentlabd", *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(FILES), folder)), "AGENTLAB_DATABASE": database},
+            check=False,
+            timeout=120,
+        )
 
 
 def make_records(path: Path) -> str:
